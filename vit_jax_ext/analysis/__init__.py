@@ -1,0 +1,1 @@
+"""Looks at models from outside; nothing but the command line imports it."""

@@ -1,0 +1,1 @@
+"""Input pipelines; TensorFlow lives here and nowhere else."""

@@ -1,0 +1,1 @@
+"""The architectures: pure JAX and Flax NNX, one file per paper."""

@@ -1,0 +1,191 @@
+"""What two or more architectures share: patch embedding, attention, MLP, block, resize.
+
+Shapes: images are (B, H, W, 3), token sequences (B, N, C), attention maps (B, heads, queries, keys).
+Every module takes `dtype` (of the computation), `param_dtype` (of the parameters) and `rngs` (which draws the initial
+parameters and is not kept). Randomness at run time is an argument, `rngs=nnx.Rngs(key)`; without it nothing is dropped.
+Statistics and softmax are at least float32, whatever `dtype` is.
+"""
+
+from collections.abc import Callable
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax_ext.errors import UserError
+
+# timm's trunc_normal_(std=0.02) cuts at an absolute 2, a hundred standard deviations away: it is a plain normal.
+token_init = nnx.initializers.normal(0.02)
+Linear = functools.partial(nnx.Linear, kernel_init=token_init)
+LayerNorm = functools.partial(nnx.LayerNorm, epsilon=1e-6)
+# torch's default for convolutions, kaiming_uniform(a=sqrt(5)): uniform within 1 / sqrt(fan_in).
+Conv = functools.partial(nnx.Conv, kernel_init=nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"))
+gelu = functools.partial(jax.nn.gelu, approximate=False)
+# Stochastic depth (Huang et al. 2016): drops the residual branch of a whole sample, and scales the ones that stay.
+DropPath = functools.partial(nnx.Dropout, broadcast_dims=(1, 2))
+
+
+def drop(layer: nnx.Dropout, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
+  """Applies a Dropout or DropPath; the identity without `rngs`."""
+  return layer(x, deterministic=rngs is None, rngs=rngs)
+
+
+def runtime_rngs(train: bool, rngs: nnx.Rngs | None, *rates: float) -> nnx.Rngs | None:
+  """Returns the rngs that the blocks get: none in evaluation.
+
+  Raises:
+    UserError: in training with a positive dropout or stochastic-depth rate but nothing to draw from.
+  """
+  if train and rngs is None and any(rates):
+    raise UserError(f"train=True with drop rates {rates} needs randomness; pass rngs=nnx.Rngs(key)")
+  return rngs if train else None
+
+
+class Sequential(nnx.List):
+  """Callables applied in turn; parameters are found under the index, as in torch's Sequential."""
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for layer in self:
+      x = layer(x)
+    return x
+
+
+def cubic_taps(size_in: int, size_out: int, a: float = -0.75) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the four source indices and weights of each target position, both (size_out, 4).
+
+  torch's `interpolate(mode="bicubic", align_corners=False)`: Keys' kernel with a = -0.75, half-pixel centres, repeated
+  border, no antialiasing. (`jax.image.resize` has a = -0.5 and antialiases.)
+  """
+  centre = (np.arange(size_out) + 0.5) * size_in / size_out - 0.5
+  index = np.floor(centre).astype(int)[:, None] + np.arange(-1, 3)
+  distance = np.abs(centre[:, None] - index)
+  near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+  far = a * (((distance - 5) * distance + 8) * distance - 4)
+  return np.clip(index, 0, size_in - 1), np.where(distance <= 1, near, far)
+
+
+def resize_bicubic(images: jax.Array, size: tuple[int, int]) -> jax.Array:
+  """Resizes (..., H, W, C) to (..., *size, C) as torch's bicubic `interpolate` does; computes in at least float32."""
+  dtype = images.dtype
+  images = images.astype(jnp.promote_types(dtype, jnp.float32))
+  for axis, size_out in zip((-3, -2), size, strict=True):
+    if images.shape[axis] == size_out:
+      continue
+    # Gathering four taps costs 2 multiply-adds per thousand of the dense matrix product, and is faster on CPU too.
+    index, weight = cubic_taps(images.shape[axis], size_out)
+    weight = weight.astype(images.dtype).reshape(size_out, 4, *[1] * (-1 - axis))
+    images = sum(jnp.take(images, index[:, tap], axis) * weight[:, tap] for tap in range(4))
+  return images.astype(dtype)
+
+
+def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+  """Returns (rows, columns) of patches.
+
+  Raises:
+    UserError: if a side does not divide into patches; names the nearest sizes that do.
+  """
+  for side in image_size:
+    if side < patch_size or side % patch_size:
+      below = side // patch_size * patch_size
+      nearest = " and ".join(str(size) for size in (below, below + patch_size) if size)
+      raise UserError(
+        f"image_size {side} does not divide into {patch_size}-pixel patches; the nearest sizes are {nearest}"
+      )
+  return image_size[0] // patch_size, image_size[1] // patch_size
+
+
+class PatchEmbed(nnx.Module):
+  """Images (B, H, W, 3) to tokens (B, rows * columns, dim) by one strided convolution."""
+
+  def __init__(self, patch_size: int, dim: int, **kw):
+    self.proj = Conv(3, dim, (patch_size, patch_size), strides=patch_size, padding="VALID", **kw)
+
+  def __call__(self, images: jax.Array) -> jax.Array:
+    x = self.proj(images)
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+class Mlp(nnx.Module):
+  """Linear, GELU, dropout, Linear, dropout."""
+
+  def __init__(self, dim: int, hidden_dim: int, drop_rate: float = 0.0, **kw):
+    self.fc1 = Linear(dim, hidden_dim, **kw)
+    self.fc2 = Linear(hidden_dim, dim, **kw)
+    self.drop = nnx.Dropout(drop_rate)
+
+  def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+    x = drop(self.drop, gelu(self.fc1(x)), rngs)
+    return drop(self.drop, self.fc2(x), rngs)
+
+
+def softmax_attention(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
+  """Returns softmax(scale * q k^T), at least float32, (B, heads, queries, keys), from (B, tokens, heads, head_dim)."""
+  dtype = jnp.promote_types(q.dtype, jnp.float32)
+  logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=dtype)
+  return jax.nn.softmax(logits * scale, axis=-1)
+
+
+def attend(attn: jax.Array, v: jax.Array) -> jax.Array:
+  """Returns the values (B, keys, heads, head_dim) mixed by `attn` (B, heads, queries, keys), as (B, queries, C)."""
+  x = jnp.einsum("bhqk,bkhd->bqhd", attn.astype(v.dtype), v)
+  return x.reshape(*x.shape[:2], -1)
+
+
+class Attention(nnx.Module):
+  """Multi-head self-attention with packed qkv; packed as (3, heads, head_dim)."""
+
+  def __init__(self, dim: int, num_heads: int, attn_drop_rate: float = 0.0, proj_drop_rate: float = 0.0, **kw):
+    self.num_heads = num_heads
+    self.scale = (dim // num_heads) ** -0.5
+    self.qkv = Linear(dim, 3 * dim, **kw)
+    self.proj = Linear(dim, dim, **kw)
+    self.attn_drop = nnx.Dropout(attn_drop_rate)
+    self.proj_drop = nnx.Dropout(proj_drop_rate)
+
+  def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, jax.Array]:
+    """Returns the new tokens (B, N, C) and the attention maps before dropout (B, heads, N, N)."""
+    qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
+    q, k, v = (qkv[:, :, i] for i in range(3))
+    attn = softmax_attention(q, k, self.scale)
+    x = self.proj(attend(drop(self.attn_drop, attn, rngs), v))
+    return drop(self.proj_drop, x, rngs), attn
+
+
+class Block(nnx.Module):
+  """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)), both with stochastic depth."""
+
+  def __init__(
+    self,
+    dim: int,
+    num_heads: int,
+    mlp_ratio: float,
+    drop_rate: float = 0.0,
+    attn_drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    **kw,
+  ):
+    self.norm1 = LayerNorm(dim, **kw)
+    self.attn = Attention(dim, num_heads, attn_drop_rate, drop_rate, **kw)
+    self.norm2 = LayerNorm(dim, **kw)
+    self.mlp = Mlp(dim, int(dim * mlp_ratio), drop_rate, **kw)
+    self.drop_path = DropPath(drop_path_rate)
+
+  def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, jax.Array]:
+    """Returns the new tokens (B, N, C) and the attention maps (B, heads, N, N)."""
+    y, attn = self.attn(self.norm1(x), rngs)
+    x = x + drop(self.drop_path, y, rngs)
+    x = x + drop(self.drop_path, self.mlp(self.norm2(x), rngs), rngs)
+    return x, attn
+
+
+def call(block: Callable, *args, remat: bool):
+  """Calls `block(*args)`; with `remat` keeps only its inputs for the backward pass and computes the rest again."""
+  return nnx.remat(type(block).__call__)(block, *args) if remat else block(*args)
+
+
+def add_cls_token(tokens: jax.Array, cls_token: jax.Array, pos_embed: jax.Array) -> jax.Array:
+  """Returns [class token | tokens] + position embedding, (B, 1 + N, C), in the dtype of `tokens`."""
+  cls_token = jnp.broadcast_to(cls_token.astype(tokens.dtype), (tokens.shape[0], 1, tokens.shape[-1]))
+  return jnp.concatenate([cls_token, tokens], axis=1) + pos_embed.astype(tokens.dtype)

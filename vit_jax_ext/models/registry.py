@@ -1,0 +1,152 @@
+"""Names to models: every variant, its hyper-parameters and what was published about it, each fact once."""
+
+import dataclasses
+import difflib
+import inspect
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from vit_jax_ext.errors import UserError
+from vit_jax_ext.models.crossvit import CrossViT
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """A named model and its published facts.
+
+  Attributes:
+    model: the module class.
+    kwargs: its hyper-parameters.
+    image_size: side of the square images it was trained with, pixels.
+    params: number of parameters with 1000 classes.
+    multiply_adds: published multiply-adds of one forward pass, in 10^9; None where none was published.
+    top1: published ImageNet-1k accuracy, percent; None where none was published.
+    url: address of the authors' released weights.
+    mean, std: per-channel normalisation of images in [0, 1].
+    crop: evaluation resizes the shorter side to image_size / crop and crops the centre.
+    no_decay: parameter names that the authors' recipe excludes from weight decay, besides biases and norms.
+  """
+
+  model: type[nnx.Module]
+  kwargs: dict[str, Any]
+  image_size: int
+  params: int
+  multiply_adds: float | None
+  top1: float | None
+  url: str | None = None
+  mean: tuple[float, float, float] = IMAGENET_MEAN
+  std: tuple[float, float, float] = IMAGENET_STD
+  crop: float = 0.875
+  no_decay: tuple[str, ...] = ()
+
+
+def _crossvit(name: str, params: int, multiply_adds: float, top1: float, dim: int, num_heads: int, depth: int,
+              mlp_ratio: int, multi_conv: bool = False, image_size: int = 240):  # fmt: skip
+  kwargs = dict(
+    embed_dim=(dim, 2 * dim),
+    num_heads=(num_heads, num_heads),
+    depth=((1, depth),) * 3,
+    mlp_ratio=(mlp_ratio, mlp_ratio),
+    multi_conv=multi_conv,
+  )
+  url = f"https://github.com/IBM/CrossViT/releases/download/weights-0.1/{name}.pth"
+  # no_decay is empty: the authors' rule names `pos_embed` and `cls_token`, their parameters are called `pos_embed.0`,
+  # so it never matched and both were decayed.
+  return name, Variant(CrossViT, kwargs, image_size, params, multiply_adds, top1, url)
+
+
+VARIANTS: dict[str, Variant] = dict(
+  [
+    _crossvit("crossvit_tiny_224", 7_014_800, 1.6, 73.4, 96, 3, 4, 4),
+    _crossvit("crossvit_small_224", 26_856_272, 5.6, 81.0, 192, 6, 4, 4),
+    _crossvit("crossvit_base_224", 105_025_232, 21.2, 82.2, 384, 12, 4, 4),
+    _crossvit("crossvit_9_224", 8_553_296, 1.8, 73.9, 128, 4, 3, 3),
+    _crossvit("crossvit_15_224", 27_528_464, 5.8, 81.5, 192, 6, 5, 3),
+    _crossvit("crossvit_18_224", 43_271_408, 9.0, 82.5, 224, 7, 6, 3),
+    _crossvit("crossvit_9_dagger_224", 8_776_592, 2.0, 77.1, 128, 4, 3, 3, True),
+    _crossvit("crossvit_15_dagger_224", 28_209_008, 6.1, 82.3, 192, 6, 5, 3, True),
+    _crossvit("crossvit_18_dagger_224", 44_266_976, 9.5, 82.8, 224, 7, 6, 3, True),
+    _crossvit("crossvit_15_dagger_384", 28_500_080, 21.4, 83.5, 192, 6, 5, 3, True, 408),
+    _crossvit("crossvit_18_dagger_384", 44_606_560, 32.4, 83.9, 224, 7, 6, 3, True, 408),
+  ]
+)
+
+
+def list_models() -> list[str]:
+  """Returns the names that `create_model` knows, sorted."""
+  return sorted(VARIANTS)
+
+
+def get_variant(name: str) -> Variant:
+  """Returns a variant's hyper-parameters and published facts.
+
+  Raises:
+    UserError: the name is unknown; offers the nearest ones.
+  """
+  if name not in VARIANTS:
+    nearest = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.4)
+    remedy = f"did you mean {', '.join(nearest)}?" if nearest else "see vit_jax_ext.list_models()"
+    raise UserError(f"model {name!r} is unknown; {remedy}")
+  return VARIANTS[name]
+
+
+def _float_dtype(argument: str, value: Any) -> jnp.dtype:
+  try:
+    dtype = jnp.dtype(value)
+  except TypeError:
+    dtype = None
+  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    raise UserError(f"{argument} {value!r} is no floating-point type; choose bfloat16, float32 or float64")
+  if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+    raise UserError(f'{argument} {dtype} would silently be float32; call jax.config.update("jax_enable_x64", True)')
+  return dtype
+
+
+def create_model(
+  name: str,
+  *,
+  rngs: nnx.Rngs,
+  num_classes: int = 1000,
+  image_size: int | tuple[int, int] | None = None,
+  dtype: Any = jnp.float32,
+  param_dtype: Any = jnp.float32,
+  **overrides,
+) -> nnx.Module:
+  """Creates a model by name.
+
+  Args:
+    name: one of `list_models()`.
+    rngs: draws the initial parameters.
+    num_classes: 0 for pooled features instead of logits.
+    image_size: side or (height, width) in pixels; None for the variant's own.
+    dtype: of the computation; softmax and statistics are at least float32.
+    param_dtype: of the parameters.
+    **overrides: keyword arguments of the model's class, e.g. `drop_path_rate=0.1` or `embed_dim=(32, 64)`.
+
+  Returns:
+    A module: `logits, out = model(images, train=False)`, images (B, H, W, 3) normalised.
+
+  Raises:
+    UserError: unknown name or keyword, or values that do not fit together.
+  """
+  variant = get_variant(name)
+  known = set(inspect.signature(variant.model.__init__).parameters) - {"self", "kw"}
+  for key in overrides:
+    if key not in known:
+      raise UserError(f"{name} has no option {key!r}; it has {', '.join(sorted(known))}")
+  if num_classes < 0:
+    raise UserError(f"num_classes {num_classes} is negative; give 0 for pooled features or the number of classes")
+  size = variant.image_size if image_size is None else image_size
+  return variant.model(
+    **(variant.kwargs | overrides),
+    num_classes=num_classes,
+    image_size=(size, size) if isinstance(size, int) else tuple(size),
+    dtype=_float_dtype("dtype", dtype),
+    param_dtype=_float_dtype("param_dtype", param_dtype),
+    rngs=rngs,
+  )
