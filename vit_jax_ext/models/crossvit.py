@@ -341,7 +341,7 @@ class CrossViT(nnx.Module):
     """Classifies normalised images (B, H, W, 3).
 
     Returns:
-      logits (B, num_classes), the mean of the two heads' logits; without heads the pooled features (B, C_0 + C_1).
+      logits (B, num_classes), at least float32, the mean of the two heads'; without heads the pooled features (B, C_0 + C_1).
       out: for multi-scale block k, branch b and block i
         `blocks.{k}.blocks.{b}.{i}.attn` (B, heads, 1 + N, 1 + N), `blocks.{k}.blocks.{b}.{i}.cls_token` (B, C),
         `blocks.{k}.fusion.{b}.attn` (B, heads, 1, 1 + N of the other branch) with cross-attention,
@@ -374,6 +374,7 @@ class CrossViT(nnx.Module):
     out |= {f"pre_logits.{b}": x for b, x in enumerate(pre_logits)}
     if not self.head:
       return jnp.concatenate(pre_logits, axis=-1), out
-    logits = [head(x) for head, x in zip(self.head, pre_logits, strict=True)]
+    float32 = jnp.promote_types(self.dtype, jnp.float32)
+    logits = [head(x).astype(float32) for head, x in zip(self.head, pre_logits, strict=True)]
     out |= {f"logits.{b}": x for b, x in enumerate(logits)}
     return (logits[0] + logits[1]) / 2, out

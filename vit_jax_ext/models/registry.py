@@ -1,5 +1,6 @@
 """Names to models: every variant, its hyper-parameters and what was published about it, each fact once."""
 
+from collections.abc import Mapping
 import dataclasses
 import difflib
 import inspect
@@ -149,4 +150,11 @@ def create_model(
     dtype=_float_dtype("dtype", dtype),
     param_dtype=_float_dtype("param_dtype", param_dtype),
     rngs=rngs,
+  )
+
+
+def abstract_model(spec: Mapping[str, Any], num_classes: int) -> nnx.Module:
+  """Returns a model without arrays, of shapes only, from `name` and `overrides` of an experiment's config.model."""
+  return nnx.eval_shape(
+    lambda: create_model(spec["name"], num_classes=num_classes, rngs=nnx.Rngs(0), **spec["overrides"])
   )

@@ -1,0 +1,105 @@
+"""The command line: flags and dispatch."""
+
+import argparse
+import os
+import sys
+
+EPILOG = """
+Any value of the config is set with --config.KEY=VALUE, for example
+  python main.py --config=configs/digits.py:crossvit --workdir=/tmp/run --config.batch_size=64
+No command means train, no --config means configs/digits.py, no --workdir a fixed folder under ~/.cache/vit_jax_ext.
+Exit status: 0 done, 2 your input is wrong (one line says what), 1 anything else.
+"""
+
+
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+  """Returns the arguments of a command and the config overrides as KEY=VALUE."""
+  common = argparse.ArgumentParser(add_help=False)
+  common.add_argument("--workdir", metavar="DIR", help="folder of the run: config, checkpoints, metrics")
+  with_config = argparse.ArgumentParser(add_help=False)
+  with_config.add_argument("--config", metavar="FILE[:ARG]", help="experiment (default: configs/digits.py)")
+  with_output = argparse.ArgumentParser(add_help=False)
+  with_output.add_argument("--output", metavar="DIR", help="also write the results as JSON into this folder")
+
+  parser = argparse.ArgumentParser(
+    prog="python main.py",
+    description="Train, evaluate and compare vision transformers.",
+    epilog=EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+  def add(name: str, help: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    return commands.add_parser(
+      name, help=help, description=help, parents=parents, epilog=EPILOG, allow_abbrev=False,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+
+  add("train", "train a model, or continue where an earlier run in the workdir stopped", common, with_config)
+  add("evaluate", "measure a run's best checkpoint on its evaluation split", common, with_config, with_output)
+  predict = add("predict", "name the five likeliest classes of image files", common, with_config, with_output)
+  predict.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG or PNG file")
+  compare = add("compare", "print parameters and multiply-adds beside the published figures", with_output)
+  compare.add_argument("--models", metavar="NAME,...", help="models to compare (default: all)")
+  compare.add_argument("--fusion", action="store_true", help="CrossViT-S under the five fusions of the paper's Table 6")
+
+  if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+    argv = ["train", *argv]
+  overrides, rest = [], []
+  for argument in argv:
+    (overrides if argument.startswith("--config.") else rest).append(argument)
+  return parser.parse_args(rest), [argument.removeprefix("--config.") for argument in overrides]
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Dispatches to the command; imports what it needs and no more."""
+  if args.command == "compare":
+    from vit_jax_ext.analysis import cost
+
+    cost.compare(args.models.split(",") if args.models else None, fusion=args.fusion, output=args.output)
+    return
+
+  from vit_jax_ext import config as configs
+
+  spec = args.config or configs.DEFAULT_CONFIG
+  workdir = args.workdir or configs.default_workdir(spec)
+  config = configs.load_config(spec) if args.command == "train" else configs.read_workdir_config(workdir)
+  configs.override(config, overrides)
+
+  if args.command == "train":
+    from vit_jax_ext.training.train import train
+
+    train(config, workdir)
+  elif args.command == "evaluate":
+    from vit_jax_ext.training.evaluate import evaluate_workdir
+
+    evaluate_workdir(config, workdir, args.output)
+  else:
+    from vit_jax_ext.training.predict import predict
+
+    predict(config, workdir, args.images, args.output)
+
+
+def main() -> int:
+  """Runs the command line and returns the exit status."""
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # announces itself twice at every start
+  args, overrides = parse_args(sys.argv[1:])
+  from vit_jax_ext.console import log_to_console
+  from vit_jax_ext.errors import UserError
+
+  log_to_console()
+  try:
+    run(args, overrides)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

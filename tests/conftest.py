@@ -1,0 +1,73 @@
+"""Eight simulated CPU devices, one compilation cache for the whole run, and what several rooms' tests share."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from configs import digits
+
+jax.config.update("jax_numpy_rank_promotion", "allow")
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+ROOT = GOLDEN.parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+  """Identical programs of different tests compile once."""
+  folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("xla_cache")))
+  jax.config.update("jax_compilation_cache_dir", folder)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture
+def x64():
+  """Double precision for one test."""
+  with jax.enable_x64(True):
+    yield
+
+
+@pytest.fixture(scope="session")
+def golden():
+  """Returns a function: name -> (state dict, images (2, H, W, 3) float64, logits (2, 1000)) of the authors' model."""
+  spec = importlib.util.spec_from_file_location("synth", GOLDEN / "synth.py")
+  synth = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(synth)
+
+  def load(name):
+    facts = json.loads((GOLDEN / f"{name}.json").read_text())
+    images = synth.images(facts["resolution"]).transpose(0, 2, 3, 1).astype(np.float64)
+    return synth.state_dict(facts["state_dict"]), images, np.load(GOLDEN / f"{name}.npz")["logits"]
+
+  return load
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+  """A folder in which `digits` is prepared once."""
+  return str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def tiny_config(data_dir):
+  """Digits with a CrossViT of a few thousand parameters: seconds, not minutes."""
+  config = digits.get_config("crossvit")
+  config.dataset.data_dir = data_dir
+  config.model.overrides.update(
+    image_size=8, patch_size=(2, 4), embed_dim=(8, 16), num_heads=(2, 2), depth=((1, 1),), mlp_ratio=(1, 1)
+  )
+  config.batch_size = 64
+  config.total_steps = 6
+  config.log_every_steps = 2
+  config.eval_every_steps = 3
+  config.checkpoint.every_steps = 2
+  return config

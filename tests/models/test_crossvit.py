@@ -1,0 +1,154 @@
+"""CrossViT, against the authors' outputs and the paper's Table 6."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vit_jax_ext as vx
+from vit_jax_ext.analysis.cost import TABLE_6, model_cost
+from vit_jax_ext.models import crossvit
+
+TINY = dict(
+  image_size=24, patch_size=(4, 8), embed_dim=(16, 32), num_heads=(2, 4), depth=((1, 2), (1, 1)), mlp_ratio=(2, 2)
+)
+
+
+def tiny(**kw):
+  return vx.create_model("crossvit_tiny_224", num_classes=7, rngs=nnx.Rngs(0), **(TINY | kw))
+
+
+def images(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize("name", ["crossvit_tiny_224", "crossvit_9_dagger_224"])
+def test_equals_the_authors_model(name, golden, x64):
+  state_dict, x, logits = golden(name)
+  model = vx.create_model(name, dtype=jnp.float64, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+  report = vx.load_pretrained(model, state_dict)
+  assert sorted(report.loaded) == sorted(state_dict)
+  ours, _ = jax.jit(lambda model, x: model(x))(model, x)
+  assert np.abs(np.asarray(ours) - logits).max() < 1e-6
+
+
+@pytest.mark.parametrize("fusion", TABLE_6)
+def test_table_6(fusion):
+  _, published_adds, published_params = TABLE_6[fusion]
+  params, adds = model_cost("crossvit_small_224", fusion=fusion)
+  assert abs(params / (published_params * 1e6) - 1) < 0.02
+  assert abs(adds / (published_adds * 1e9) - 1) < 0.03
+
+
+@pytest.mark.parametrize("size", [(240, 224), (408, 384), (384, 352), (120, 112)])
+def test_branch_sizes(size):
+  image, large = size
+  assert crossvit.branch_sizes((image, 240), (12, 16)) == [(image, 240), (large, 224)]
+
+
+@pytest.mark.parametrize("fusion", crossvit.FUSIONS)
+def test_intermediates(fusion):
+  model = tiny(fusion=fusion, image_size=(24, 32))
+  logits, out = jax.jit(lambda model, x: model(x))(model, images(2, 24, 32, 3))
+  assert logits.shape == (2, 7)
+  heads, dims, tokens = (2, 4), (16, 32), (1 + 6 * 8, 1 + 3 * 4)
+  for k, depth in enumerate(((1, 2), (1, 1))):
+    for b in (0, 1):
+      for i in range(depth[b]):
+        attn = out[f"blocks.{k}.blocks.{b}.{i}.attn"]
+        assert attn.shape == (2, heads[b], tokens[b], tokens[b])
+        np.testing.assert_allclose(attn.sum(axis=-1), 1, atol=1e-5)
+        assert out[f"blocks.{k}.blocks.{b}.{i}.cls_token"].shape == (2, dims[b])
+      assert out[f"blocks.{k}.cls_token.{b}"].shape == (2, dims[b])
+      if fusion == "cross_attention":
+        assert out[f"blocks.{k}.fusion.{b}.attn"].shape == (2, heads[1 - b], 1, tokens[1 - b])
+    if fusion == "all_attention":
+      assert out[f"blocks.{k}.fusion.attn"].shape == (2, 4, sum(tokens), sum(tokens))
+  np.testing.assert_allclose((out["logits.0"] + out["logits.1"]) / 2, logits, atol=1e-6)
+  assert out["pre_logits.0"].shape == (2, 16)
+
+
+def test_what_each_fusion_exchanges():
+  """Only all-attention and pairwise fusion move patch tokens; without fusion the branches never meet."""
+  rng = np.random.default_rng(0)
+  xs = [jnp.asarray(rng.standard_normal((1, n, c)), jnp.float32) for n, c in ((37, 16), (10, 32))]
+  for fusion in crossvit.FUSIONS:
+    fused, _ = tiny(fusion=fusion).blocks[0].fuse(xs, None)
+    for x, y in zip(xs, fused, strict=True):
+      assert y.shape == x.shape
+      assert np.array_equal(x[:, 0], y[:, 0]) == (fusion == "none" or (fusion == "class_token" and False))
+      assert np.array_equal(x[:, 1:], y[:, 1:]) == (fusion in ("none", "class_token", "cross_attention"))
+
+
+def test_cross_attention_costs_grow_linearly_with_tokens():
+  costs = []
+  for size in (48, 96, 192):
+    whole, none = (
+      model_cost("crossvit_tiny_224", **(TINY | dict(image_size=size, fusion=fusion)))[1]
+      for fusion in ("cross_attention", "none")
+    )
+    costs.append(whole - none)
+  assert abs((costs[2] - costs[1]) / (costs[1] - costs[0]) - 4) < 0.1
+
+
+def test_no_heads_gives_pooled_features():
+  model = vx.create_model("crossvit_tiny_224", num_classes=0, rngs=nnx.Rngs(0), **TINY)
+  features, out = model(images(2, 24, 24, 3))
+  np.testing.assert_array_equal(features, jnp.concatenate([out["pre_logits.0"], out["pre_logits.1"]], axis=-1))
+
+
+def loss_and_grad(model, x, key=None):
+  graphdef, params = nnx.split(model)
+
+  def loss(params):
+    logits, _ = nnx.merge(graphdef, params)(x, train=True, rngs=key if key is None else nnx.Rngs(key))
+    return jnp.mean(logits**2)
+
+  return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def test_bfloat16_is_finite_forward_and_backward():
+  model = tiny(dtype=jnp.bfloat16, drop_path_rate=0.1, drop_rate=0.1, attn_drop_rate=0.1)
+  logits, out = model(images(2, 24, 24, 3))
+  assert logits.dtype == jnp.float32
+  assert out["blocks.0.blocks.0.0.attn"].dtype == jnp.float32
+  assert out["pre_logits.0"].dtype == jnp.bfloat16
+  loss, grads = loss_and_grad(model, images(2, 24, 24, 3), jax.random.key(0))
+  assert all(g.dtype == jnp.float32 and bool(jnp.isfinite(g).all()) for g in jax.tree.leaves((loss, grads)))
+
+
+def test_bfloat16_parameters():
+  model = tiny(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+  _, grads = loss_and_grad(model, images(2, 24, 24, 3))
+  assert all(g.dtype == jnp.bfloat16 and bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+
+
+def test_remat_changes_memory_alone():
+  """The same gradients, dropout included, from less memory."""
+  kw = dict(drop_path_rate=0.5, attn_drop_rate=0.2)
+  x, key = images(4, 24, 24, 3), jax.random.key(0)
+  plain, remat = (loss_and_grad(tiny(remat=remat, **kw), x, key) for remat in (False, True))
+  for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_drop_rates_need_randomness_and_act_in_training_alone():
+  model, x = tiny(drop_path_rate=0.5), images(4, 24, 24, 3)
+  np.testing.assert_array_equal(model(x)[0], tiny()(x)[0])
+  first, again, other = (model(x, train=True, rngs=nnx.Rngs(seed))[0] for seed in (1, 1, 2))
+  np.testing.assert_array_equal(first, again)
+  assert not np.array_equal(first, other)
+  with pytest.raises(vx.UserError, match="rngs"):
+    model(x, train=True)
+
+
+def test_drop_path_rates_are_the_authors():
+  """One ramp over the total depth; it goes on from stage to stage and both branches of a stage share its values."""
+  model = vx.create_model(
+    "crossvit_tiny_224", rngs=nnx.Rngs(0), **(TINY | dict(depth=((1, 3), (1, 2)), drop_path_rate=0.4))
+  )
+  rates = [[[block.drop_path.rate for block in branch] for branch in stage.blocks] for stage in model.blocks]
+  np.testing.assert_allclose(rates[0][1] + rates[1][1], np.linspace(0, 0.4, 5))
+  assert (rates[0][0], rates[1][0]) == ([rates[0][1][0]], [rates[1][1][0]])
+  assert [fusion.drop_path.rate for fusion in model.blocks[0].fusion] == [rates[0][1][-1]] * 2

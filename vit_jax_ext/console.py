@@ -1,0 +1,67 @@
+"""What a person sees while a command runs: log lines, and a live bar on a terminal."""
+
+from collections.abc import Mapping
+import logging
+import time
+
+from absl import logging as absl_logging
+import rich.console
+import rich.progress
+
+CONSOLE = rich.console.Console(stderr=True)
+
+
+class _ConsoleHandler(logging.Handler):
+  """Prints our own and clu's records, and everybody's errors, above the live bar."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    ours = "vit_jax_ext" in record.pathname or "metric_writers" in record.pathname
+    if ours or record.levelno >= logging.ERROR:
+      message = f"{time.strftime('%H:%M:%S')} {record.getMessage()}"
+      CONSOLE.print(message, soft_wrap=True, markup=False, highlight=False)
+
+
+def log_to_console() -> None:
+  """Sends absl's log to the console, without the libraries' chatter."""
+  logger = absl_logging.get_absl_logger()
+  logger.handlers[:] = [_ConsoleHandler()]
+  logger.propagate = False
+  absl_logging.set_verbosity(absl_logging.INFO)
+
+
+class Progress:
+  """Step, loss, images/s and time left: a live bar on a terminal, plain lines in a log. Use as a context manager."""
+
+  def __init__(self, first_step: int, total_steps: int):
+    self._first, self._total, self._start = first_step, total_steps, time.monotonic()
+    self._bar = rich.progress.Progress(
+      rich.progress.TextColumn("step"),
+      rich.progress.MofNCompleteColumn(),
+      rich.progress.BarColumn(),
+      rich.progress.TextColumn("{task.fields[numbers]}"),
+      rich.progress.TimeRemainingColumn(compact=True),
+      rich.progress.TextColumn("left"),
+      console=CONSOLE,
+      disable=not CONSOLE.is_terminal,
+    )
+    self._task = self._bar.add_task("train", total=total_steps, completed=first_step, numbers="compiling")
+
+  def __enter__(self) -> "Progress":
+    self._bar.start()
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self._bar.stop()
+
+  def step(self, step: int) -> None:
+    """Moves the bar."""
+    self._bar.update(self._task, completed=step)
+
+  def log(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Shows the newest `train/loss` and `train/images_per_second`."""
+    numbers = f"loss {scalars['train/loss']:.4f}  {scalars.get('train/images_per_second', 0):.0f} images/s"
+    self._bar.update(self._task, numbers=numbers)
+    if not CONSOLE.is_terminal:
+      left = (time.monotonic() - self._start) / (step - self._first) * (self._total - step)
+      minutes, seconds = divmod(round(left), 60)
+      absl_logging.info("step %d/%d  %s  %d:%02d left", step, self._total, numbers, minutes, seconds)

@@ -1,0 +1,89 @@
+"""Checkpoints of the train state; the only user of orbax."""
+
+import os
+from typing import Any
+
+from flax import nnx
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from vit_jax_ext.errors import UserError
+from vit_jax_ext.training.train_step import TrainState, split_model
+
+BEST_METRIC = "eval/top1"
+
+
+def open_checkpoints(workdir: str, *, keep_last: int = 1, read_only: bool = False) -> ocp.CheckpointManager:
+  """Opens the checkpoints of a run; saves asynchronously, keeps the last `keep_last` and the best by eval/top1."""
+
+  def best_metric(metrics):
+    return metrics[BEST_METRIC]
+
+  best = checkpoint_managers.BestN(get_metric_fn=best_metric, n=1, keep_checkpoints_without_metrics=False)
+  options = ocp.CheckpointManagerOptions(
+    best_fn=best_metric,
+    preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(keep_last), best]),
+    read_only=read_only,
+    cleanup_tmp_directories=not read_only,
+  )
+  return ocp.CheckpointManager(os.path.abspath(os.path.join(workdir, "checkpoints")), options=options)
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+  """Splits a state into parts that can be read alone; orbax refuses empty ones."""
+  items = {
+    "model": {"params": state.params, "stats": state.stats},
+    "ema": state.ema,
+    "optimizer": {"step": state.step, "opt_state": state.opt_state},
+  }
+  return {name: item for name, item in items.items() if jax.tree.leaves(item)}
+
+
+def save(checkpoints: ocp.CheckpointManager, step: int, state: TrainState, metrics: dict[str, float] | None) -> None:
+  """Starts saving `state`, with the `metrics` of this step's evaluation if any; returns once it is off the devices."""
+  items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
+  checkpoints.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+
+
+def restore(checkpoints: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
+  """Returns the state saved at `step`, in the shapes, dtypes and shardings of `like` (ShapeDtypeStructs)."""
+  items = {name: ocp.args.StandardRestore(item) for name, item in _items(like).items()}
+  restored = checkpoints.restore(step, args=ocp.args.Composite(**items))
+  model, optimizer = restored["model"], restored["optimizer"]
+  return TrainState(
+    optimizer["step"], model["params"], model["stats"], optimizer["opt_state"], restored.get("ema") or {}
+  )
+
+
+def restore_weights(
+  workdir: str, model: nnx.Module, sharding: jax.sharding.Sharding, *, ema: bool
+) -> tuple[int, dict[str, Any]]:
+  """Returns the step and {"params", "stats"} of a run's best checkpoint, or of its last when none was evaluated.
+
+  Args:
+    workdir: the run's.
+    model: the abstract model.
+    sharding: where the arrays go.
+    ema: the averaged weights instead of the raw ones.
+
+  Raises:
+    UserError: there is no checkpoint.
+  """
+  step = None
+  if os.path.isdir(os.path.join(workdir, "checkpoints")):
+    with open_checkpoints(workdir, read_only=True) as checkpoints:
+      step = checkpoints.best_step()
+      if step is None:
+        step = checkpoints.latest_step()
+      if step is not None:
+        item = "ema" if ema else "model"
+        _, params, stats = split_model(model)
+        like = abstract({"params": params, "stats": stats}, sharding)
+        return step, checkpoints.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))[item]
+  raise UserError(f"workdir {workdir} holds no complete checkpoint; train there first")
+
+
+def abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+  """Returns the ShapeDtypeStructs of a tree with the place where its arrays shall lie."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

@@ -1,0 +1,107 @@
+"""Exact evaluation over a split: every image counts once, padding not at all."""
+
+from collections.abc import Callable, Iterable
+import json
+import os
+from typing import Any
+
+from flax import nnx
+import jax
+import ml_collections
+import tensorflow_datasets as tfds
+
+from vit_jax_ext.data import input_pipeline
+from vit_jax_ext.errors import UserError
+from vit_jax_ext.models import registry
+from vit_jax_ext.training import checkpoint, sharding
+from vit_jax_ext.training.train_step import Batch, Metrics, make_eval_step, split_model
+
+
+def evaluate(
+  eval_step: Callable[[Any, Any, Batch], Metrics], params: Any, stats: Any, batches: Iterable[Batch]
+) -> dict[str, float]:
+  """Returns loss (mean cross-entropy), top1 and top5 (shares) over all images of `batches`.
+
+  Args:
+    eval_step: the jitted `make_eval_step`.
+    params, stats: the weights.
+    batches: global batches with `mask`.
+  """
+  sums = [eval_step(params, stats, batch) for batch in batches]  # dispatched without waiting for results
+  totals = jax.tree.map(lambda *values: sum(value.item() for value in values), *jax.device_get(sums))
+  count = totals.pop("count")
+  return {name: total / count for name, total in totals.items()}
+
+
+class SplitEvaluator:
+  """Evaluates weights on the evaluation split of a config; compiles once."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    builder: tfds.core.DatasetBuilder,
+    model: nnx.Module,
+    mesh: jax.sharding.Mesh,
+  ):
+    variant = registry.get_variant(config.model.name)
+    replicated, self._by_batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    self._step = jax.jit(
+      make_eval_step(split_model(model)[0], mean=variant.mean, std=variant.std),
+      in_shardings=(replicated, replicated, self._by_batch),
+      out_shardings=replicated,
+    )
+    self._builder, self._split = builder, config.dataset.eval_split
+    self._options = dict(
+      batch_size=config.batch_size // jax.process_count(),
+      image_size=model.image_size,
+      crop=config.dataset.crop or variant.crop,
+    )
+
+  def __call__(self, params: Any, stats: Any) -> dict[str, float]:
+    """Returns loss, top1 and top5 over the whole split."""
+    batches = input_pipeline.eval_batches(self._builder, self._split, **self._options)
+    return evaluate(self._step, params, stats, input_pipeline.prefetch_to_devices(batches, self._by_batch))
+
+
+def evaluate_workdir(config: ml_collections.ConfigDict, workdir: str, output: str | None) -> dict[str, float]:
+  """Evaluates a run's best checkpoint, raw and averaged weights, prints the scores and returns them.
+
+  Args:
+    config: the run's.
+    workdir: the run's.
+    output: folder for evaluation.json, if any.
+  """
+  builder = input_pipeline.load_builder(config.dataset.name, config.dataset.data_dir)
+  images = input_pipeline.num_examples(builder, config.dataset.eval_split)
+  mesh = sharding.make_mesh(config.mesh)
+  sharding.check_batch_size("batch_size", config.batch_size, mesh)
+  model = registry.abstract_model(config.model, builder.info.features["label"].num_classes)
+  evaluator = SplitEvaluator(config, builder, model, mesh)
+
+  results = {}
+  for prefix, ema in (("eval", False), ("eval_ema", True)):
+    if not ema or config.ema_decay:
+      step, weights = checkpoint.restore_weights(workdir, model, sharding.replicated(mesh), ema=ema)
+      results |= {f"{prefix}/{name}": value for name, value in evaluator(**weights).items()}
+  print(f"{workdir}, step {step}: {images} images of {config.dataset.name}/{config.dataset.eval_split}")
+  for name, value in results.items():
+    print(f"  {name:16} {value:.4f}" if name.endswith("loss") else f"  {name:16} {value:.2%}")
+  if output:
+    write_json(output, "evaluation.json", results | {"step": step})
+  return results
+
+
+def write_json(output: str, name: str, content: Any) -> None:
+  """Writes results into the folder `output`, creates it if needed, and prints where they are.
+
+  Raises:
+    UserError: the folder cannot be written.
+  """
+  path = os.path.join(output, name)
+  try:
+    os.makedirs(output, exist_ok=True)
+    with open(path, "w") as file:
+      json.dump(content, file, indent=2)
+  except OSError as error:
+    raise UserError(f"{path} cannot be written: {error.strerror}; choose another --output") from None
+  print(f"wrote {path}")

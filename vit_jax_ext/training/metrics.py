@@ -1,0 +1,47 @@
+"""Where a run's numbers go: TensorBoard, the console and metrics.jsonl."""
+
+import json
+import os
+
+from clu import metric_writers
+
+
+class JsonlWriter(metric_writers.LoggingWriter):
+  """A clu writer that appends scalars to `metrics.jsonl`, one object per line: step, then the values.
+
+  Lines of steps after `first_step`, left by a run that went on past its last checkpoint, are dropped: they are about
+  to be written again.
+  """
+
+  def __init__(self, workdir: str, first_step: int):
+    super().__init__()
+    path = os.path.join(workdir, "metrics.jsonl")
+    kept = []
+    if os.path.exists(path):
+      with open(path) as file:
+        lines = [line for line in file if line.endswith("\n")]  # a killed run may leave half a line
+      kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+    with open(path + ".tmp", "w") as file:
+      file.writelines(kept)
+    os.replace(path + ".tmp", path)
+    self._file = open(path, "a")  # noqa: SIM115
+
+  def write_scalars(self, step, scalars):
+    self._file.write(json.dumps({"step": step} | {key: float(value) for key, value in scalars.items()}) + "\n")
+    self._file.flush()
+
+  def write_hparams(self, hparams):
+    """The config is saved beside, in config.json."""
+
+  def flush(self):
+    self._file.flush()
+
+  def close(self):
+    self._file.close()
+
+
+def create_writer(workdir: str, first_step: int) -> metric_writers.MultiWriter:
+  """Returns the writer of TensorBoard files, console lines and metrics.jsonl; writes in the background."""
+  return metric_writers.AsyncMultiWriter(
+    [metric_writers.SummaryWriter(workdir), metric_writers.LoggingWriter(), JsonlWriter(workdir, first_step)]
+  )

@@ -1,0 +1,145 @@
+"""The train state, one training step, one evaluation step: pure JAX, importable without TensorFlow."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vit_jax_ext.training.losses import smoothed_cross_entropy
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+  """All that changes during training, as one pytree of plain dicts and arrays.
+
+  Attributes:
+    step: optimizer steps taken, int32.
+    params: the model's nnx.Param values.
+    stats: its nnx.BatchStat values (running means and variances); empty without BatchNorm.
+    opt_state: the optimizer's.
+    ema: exponential moving averages, {"params": ..., "stats": ...}; empty when switched off.
+  """
+
+  step: jax.Array
+  params: Any
+  stats: Any
+  opt_state: Any
+  ema: Any
+
+
+def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, dict, dict]:
+  """Splits a model into its structure and plain dicts of parameters and statistics."""
+  graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+  return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+
+def init_state(create_model: Callable[[], nnx.Module], tx: optax.GradientTransformation, use_ema: bool) -> TrainState:
+  """Returns the state before the first step. Run it under jit with out_shardings: nothing is then made twice."""
+  _, params, stats = split_model(create_model())
+  # The averages are buffers of their own, or donation would be offered the same memory twice.
+  ema = jax.tree.map(jnp.copy, {"params": params, "stats": stats}) if use_ema else {}
+  return TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params), ema)
+
+
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+  """Turns uint8 (B, H, W, 3) into float32 with `mean` and `std` given for images in [0, 1]."""
+  mean, std = (255 * np.asarray(values, np.float32) for values in (mean, std))
+  return (images.astype(jnp.float32) - mean) / std
+
+
+def make_train_step(
+  graphdef: nnx.GraphDef,
+  tx: optax.GradientTransformation,
+  *,
+  mean: Sequence[float],
+  std: Sequence[float],
+  seed: int,
+  label_smoothing: float = 0.0,
+  ema_decay: float = 0.0,
+  accumulation_steps: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Returns `step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+  Args:
+    graphdef: the model's structure.
+    tx: the optimizer.
+    mean, std: normalisation of the images.
+    seed: of dropout and stochastic depth; step s draws from fold_in(key(seed), s), so nothing random is stored.
+    label_smoothing: see `smoothed_cross_entropy`.
+    ema_decay: share of the old average that stays at each step; 0 switches the averages off.
+    accumulation_steps: the batch is worked off in this many equal parts, one after another, for one update.
+
+  The batch holds `image` uint8 (B, H, W, 3) and `label` int32 (B,). Metrics are scalars: loss, top1 (share), grad_norm.
+  """
+  key = jax.random.key(seed)
+
+  def loss_fn(params, stats, batch, key):
+    model = nnx.merge(graphdef, params, stats)
+    logits, _ = model(normalize(batch["image"], mean, std), train=True, rngs=nnx.Rngs(key))
+    loss = smoothed_cross_entropy(logits, batch["label"], label_smoothing).mean()
+    top1 = jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])
+    return loss, (split_model(model)[2], {"loss": loss, "top1": top1})
+
+  grad_fn = jax.grad(loss_fn, has_aux=True)
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    step_key = jax.random.fold_in(key, state.step)
+
+    def accumulate(carry, indexed_part):
+      stats, grads = carry
+      index, part = indexed_part
+      part_grads, (stats, metrics) = grad_fn(state.params, stats, part, jax.random.fold_in(step_key, index))
+      return (stats, jax.tree.map(lambda total, g: total + g / accumulation_steps, grads, part_grads)), metrics
+
+    if accumulation_steps == 1:
+      grads, (stats, metrics) = grad_fn(state.params, state.stats, batch, step_key)
+    else:
+      # Part i takes every i-th image, so each device keeps its own images and none travels.
+      parts = jax.tree.map(lambda x: x.reshape(-1, accumulation_steps, *x.shape[1:]).swapaxes(0, 1), batch)
+      start = (state.stats, jax.tree.map(jnp.zeros_like, state.params))
+      (stats, grads), metrics = jax.lax.scan(accumulate, start, (jnp.arange(accumulation_steps), parts))
+      metrics = jax.tree.map(jnp.mean, metrics)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = {}
+    if state.ema:
+      new = {"params": params, "stats": stats}
+      ema = jax.tree.map(lambda old, value: old + (1 - ema_decay) * (value - old), state.ema, new)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    return TrainState(state.step + 1, params, stats, opt_state, ema), metrics
+
+  return step
+
+
+def make_eval_step(
+  graphdef: nnx.GraphDef, *, mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Any, Any, Batch], Metrics]:
+  """Returns `step(params, stats, batch)`, the sums over the images whose `mask` is True.
+
+  loss (cross-entropy without smoothing), top1 and top5 (numbers of hits; top5 is top-k of all classes when they are
+  fewer), and count.
+  """
+
+  def step(params, stats, batch: Batch) -> Metrics:
+    logits, _ = nnx.merge(graphdef, params, stats)(normalize(batch["image"], mean, std), train=False)
+    _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+    hits = best == batch["label"][:, None]
+    per_image = {
+      "loss": smoothed_cross_entropy(logits, batch["label"]),
+      "top1": hits[:, 0],
+      "top5": hits.any(axis=-1),
+      "count": batch["mask"],
+    }
+    return jax.tree.map(lambda values: jnp.sum(jnp.where(batch["mask"], values, 0)), per_image)
+
+  return step
