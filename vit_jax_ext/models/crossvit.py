@@ -341,7 +341,7 @@ class CrossViT(nnx.Module):
     """Classifies normalised images (B, H, W, 3).
 
     Returns:
-      logits (B, num_classes), at least float32, the mean of the two heads'; without heads the pooled features (B, C_0 + C_1).
+      logits (B, num_classes), at least float32, the mean of both heads'; without heads pooled features (B, C_0 + C_1).
       out: for multi-scale block k, branch b and block i
         `blocks.{k}.blocks.{b}.{i}.attn` (B, heads, 1 + N, 1 + N), `blocks.{k}.blocks.{b}.{i}.cls_token` (B, C),
         `blocks.{k}.fusion.{b}.attn` (B, heads, 1, 1 + N of the other branch) with cross-attention,
