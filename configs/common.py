@@ -10,7 +10,7 @@ def base_config() -> ConfigDict:
   config.batch_size = 1024  # global: over all devices of all hosts
   # How long: one of the two.
   config.total_steps = config_dict.placeholder(int)
-  config.total_epochs = config_dict.placeholder(int)
+  config.total_epochs = config_dict.placeholder(float)
 
   config.model = ConfigDict()
   config.model.name = ""

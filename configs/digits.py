@@ -25,17 +25,17 @@ def get_config(family: str = "crossvit"):
     raise ValueError(f"choose one of {', '.join(MODELS)}")
   config = common.base_config()
   config.model.name, overrides = MODELS[family]
-  config.model.overrides.update(image_size=24, drop_path_rate=0.1, **overrides)
+  config.model.overrides.update(image_size=24, **overrides)
 
   config.dataset.name = "digits"
   config.dataset.eval_split = "test"
   config.dataset.crop = 1.0
-  config.dataset.shift = 0.1
+  config.dataset.shift = 0.08
   config.dataset.scale = 0.1
 
-  config.batch_size = 128
-  config.total_steps = 600
-  config.optimizer.learning_rate = 2e-3
+  config.batch_size = 64
+  config.total_steps = 1000
+  config.optimizer.learning_rate = 1.5e-3
   config.optimizer.warmup_steps = 50
   config.optimizer.clip_norm = 1.0
   config.ema_decay = 0.99

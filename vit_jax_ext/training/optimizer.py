@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import jax
 import optax
 
+from vit_jax_ext.errors import UserError
+
 
 def decay_mask(params: dict, no_decay: Sequence[str]) -> dict:
   """Tells which parameters are decayed: all but vectors (biases, norms) and those named in `no_decay`."""
@@ -18,7 +20,15 @@ def decay_mask(params: dict, no_decay: Sequence[str]) -> dict:
 def learning_rate_schedule(
   *, peak: float, initial: float, floor: float, warmup_steps: int, total_steps: int
 ) -> optax.Schedule:
-  """Linear warm-up from `initial` to `peak`, then a cosine to `floor` at `total_steps`."""
+  """Linear warm-up from `initial` to `peak`, then a cosine to `floor` at `total_steps`.
+
+  Raises:
+    UserError: the warm-up is not shorter than the training.
+  """
+  if not 0 <= warmup_steps < total_steps:
+    raise UserError(
+      f"optimizer.warmup_steps {warmup_steps} must be below the {total_steps} steps of the run; lower it or train longer"
+    )
   return optax.warmup_cosine_decay_schedule(initial, peak, warmup_steps, total_steps, floor)
 
 

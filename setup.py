@@ -1,0 +1,42 @@
+"""Packaging: `pip install -e .` for use, `.[test]` for the tests, `.[torch]` to read PyTorch files."""
+
+from setuptools import find_packages, setup
+
+# Lower bounds are the versions that the tests ran with.
+TORCH = "torch>=2.13.0,<2.14"
+
+setup(
+  name="vit_jax_ext",
+  version="0.1.0",
+  description="CrossViT, DeepViT and BOAT in JAX and Flax NNX, with what they are compared with",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["vit_jax_ext*"]),
+  install_requires=[
+    "clu>=0.0.12,<0.1",
+    "flax>=0.12.8,<0.13",
+    "importlib_resources>=7.1",  # tensorflow-datasets imports it without saying so
+    "jax>=0.10.2,<0.11",
+    "ml-collections>=1.1,<2",
+    "numpy>=2.4,<3",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "rich>=15,<16",
+    "scikit-learn>=1.9,<2",  # carries the digits
+    "tensorboard>=2.21,<3",  # clu imports it without saying so
+    'tensorflow-cpu>=2.21,<2.22; platform_system == "Linux" and platform_machine == "x86_64"',
+    'tensorflow>=2.21,<2.22; platform_system != "Linux" or platform_machine != "x86_64"',
+    "tensorflow-datasets>=4.9.10,<5",
+  ],
+  extras_require={
+    "torch": [TORCH],
+    "test": [
+      "hypothesis>=6.170,<7",
+      "pillow>=13,<14",
+      "pytest>=9,<10",
+      "pytest-xdist>=3.8,<4",
+      "ruff>=0.17.5,<0.18",
+      TORCH,
+    ],
+  },
+)

@@ -1,0 +1,147 @@
+"""The loop: what a run leaves behind, and that an interrupted run ends as an uninterrupted one."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from tensorflow.core.util import event_pb2
+from tensorflow.python.lib.io import tf_record
+import tensorflow_datasets  # noqa: F401  (its import order with tensorflow matters)
+
+import vit_jax_ext as vx
+from vit_jax_ext.models import registry
+from vit_jax_ext.training import checkpoint, sharding
+from vit_jax_ext.training import train as train_module
+from vit_jax_ext.training.train import number_of_steps, train
+
+
+def weights(config, workdir, *, ema=False):
+  model = registry.abstract_model(config.model, 10)
+  everywhere = sharding.replicated(sharding.make_mesh(config.mesh))
+  return checkpoint.restore_weights(str(workdir), model, everywhere, ema=ema)
+
+
+def read_metrics(workdir):
+  return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data_dir):
+  """A finished run: (config, workdir, results)."""
+  from configs import digits
+
+  config = digits.get_config("crossvit")
+  config.dataset.data_dir = data_dir
+  config.model.overrides.update(
+    image_size=8, patch_size=(2, 4), embed_dim=(8, 16), num_heads=(2, 2), depth=((1, 1),), mlp_ratio=(1, 1),
+    drop_rate=0.1,
+  )  # fmt: skip
+  config.update(batch_size=64, total_steps=7, log_every_steps=2, eval_every_steps=3)
+  config.checkpoint.every_steps = 2
+  config.optimizer.warmup_steps = 2
+  workdir = tmp_path_factory.mktemp("finished")
+  return config, workdir, train(config, str(workdir))
+
+
+def test_workdir(finished):
+  _, workdir, results = finished
+  rows = read_metrics(workdir)
+  assert [row["step"] for row in rows] == [2, 3, 4, 6, 6, 7, 7]
+  assert {
+    "step",
+    "train/loss",
+    "train/top1",
+    "train/grad_norm",
+    "train/learning_rate",
+    "train/images_per_second",
+  } == set(rows[0])
+  scores = {f"{prefix}/{name}" for prefix in ("eval", "eval_ema") for name in ("loss", "top1", "top5")}
+  assert set(rows[1]) == {"step"} | scores
+  assert {key: rows[-1][key] for key in scores} == results
+  assert json.loads((workdir / "config.json").read_text())["batch_size"] == 64
+  tags = set()
+  for path in workdir.glob("events.out.tfevents.*"):
+    for record in tf_record.tf_record_iterator(str(path)):
+      tags |= {value.tag for value in event_pb2.Event.FromString(record).summary.value}
+  assert {"train/loss", "eval/top1", "eval_ema/top1"} <= tags
+
+
+def test_last_and_best_are_kept(finished):
+  _, workdir, _ = finished
+  evaluated = {row["step"]: row["eval/top1"] for row in read_metrics(workdir) if "eval/top1" in row}
+  with checkpoint.open_checkpoints(str(workdir), read_only=True) as checkpoints:
+    kept = set(checkpoints.all_steps())
+    assert evaluated[checkpoints.best_step()] == max(evaluated.values())
+    assert kept == {6, 7, checkpoints.best_step()}
+
+
+def test_interrupted_run_ends_bitwise_as_the_whole_one(finished, tmp_path, monkeypatch):
+  """Stopped after steps 3 and 5 (a checkpoint, and one step past a checkpoint), then continued."""
+  config, whole, results = finished
+
+  class Stop(Exception):
+    pass
+
+  class StoppingProgress(train_module.Progress):
+    def step(self, step):
+      if step == self.stop_at:
+        raise Stop
+
+  monkeypatch.setattr(train_module, "Progress", StoppingProgress)
+  for stop_at in (4, 6):
+    StoppingProgress.stop_at = stop_at
+    with pytest.raises(Stop):
+      train(config, str(tmp_path))
+  monkeypatch.undo()
+  assert train(config, str(tmp_path)) == results
+  for ema in (False, True):
+    (_, a), (_, b) = weights(config, whole, ema=ema), weights(config, tmp_path, ema=ema)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+  def without_speed(rows):
+    return [{key: value for key, value in row.items() if key != "train/images_per_second"} for row in rows]
+
+  assert without_speed(read_metrics(tmp_path)) == without_speed(read_metrics(whole))
+
+
+def test_finished_run_is_evaluated_again_and_nothing_changes(finished):
+  config, workdir, results = finished
+  before = (workdir / "metrics.jsonl").read_text()
+  assert train(config, str(workdir)) == results
+  assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_metrics_after_the_last_checkpoint_are_dropped(finished, tmp_path):
+  from vit_jax_ext.training.metrics import JsonlWriter
+
+  (tmp_path / "metrics.jsonl").write_text('{"step": 2, "a": 1}\n{"step": 4, "a": 2}\n{"step": 6, "a"')
+  writer = JsonlWriter(str(tmp_path), first_step=3)
+  writer.write_scalars(4, {"a": np.float32(3)})
+  writer.close()
+  assert read_metrics(tmp_path) == [{"step": 2, "a": 1}, {"step": 4, "a": 3.0}]
+
+
+def test_another_config_is_refused_and_nothing_overwritten(finished):
+  config, workdir, _ = finished
+  other = config.copy_and_resolve_references()
+  other.optimizer.weight_decay = 0.3
+  before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+  with pytest.raises(vx.UserError, match=r"optimizer.weight_decay=0.05, this run has 0.3.*--workdir"):
+    train(other, str(workdir))
+  assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+@pytest.mark.parametrize(("steps", "epochs", "expected"), [(5, None, 5), (None, 2, 200), (None, 0.5, 50)])
+def test_number_of_steps(tiny_config, steps, epochs, expected):
+  tiny_config.batch_size = 10
+  tiny_config.total_steps, tiny_config.total_epochs = steps, epochs
+  assert number_of_steps(tiny_config, 1000) == expected
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(None, None), (5, 5)])
+def test_number_of_steps_is_given_once(tiny_config, steps, epochs):
+  tiny_config.total_steps, tiny_config.total_epochs = steps, epochs
+  with pytest.raises(vx.UserError, match="give one"):
+    number_of_steps(tiny_config, 1000)
