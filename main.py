@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 
+DEFAULT_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "digits.py")
 EPILOG = """
 Any value of the config is set with --config.KEY=VALUE, for example
   python main.py --config=configs/digits.py:crossvit --workdir=/tmp/run --config.batch_size=64
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
 
   from vit_jax_ext import config as configs
 
-  spec = args.config or configs.DEFAULT_CONFIG
+  spec = args.config or DEFAULT_CONFIG
   workdir = args.workdir or configs.default_workdir(spec)
   config = configs.load_config(spec) if args.command == "train" else configs.read_workdir_config(workdir)
   configs.override(config, overrides)

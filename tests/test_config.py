@@ -6,6 +6,7 @@ import ml_collections
 import pytest
 
 from configs import digits
+import main
 import vit_jax_ext as vx
 from vit_jax_ext import config as configs
 
@@ -49,12 +50,12 @@ def test_bad_overrides(config, assignment, words):
 
 
 def test_files(tmp_path):
-  assert configs.load_config(configs.DEFAULT_CONFIG).model.name == "crossvit_tiny_224"
-  assert configs.load_config(configs.DEFAULT_CONFIG + ":crossvit") == digits.get_config()
+  assert configs.load_config(main.DEFAULT_CONFIG).model.name == "crossvit_tiny_224"
+  assert configs.load_config(main.DEFAULT_CONFIG + ":crossvit") == digits.get_config()
   (tmp_path / "empty.py").write_text("")
   for spec, words in [
     ("configs/none.py", ["configs/none.py does not exist"]),
-    (configs.DEFAULT_CONFIG + ":resnet", ["resnet", "crossvit"]),
+    (main.DEFAULT_CONFIG + ":resnet", ["resnet", "crossvit"]),
     (str(tmp_path / "empty.py"), ["get_config"]),
     (configs.__file__.replace("config.py", "../README.md"), ["README.md", "no Python file"]),
   ]:

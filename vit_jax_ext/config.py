@@ -12,7 +12,6 @@ import ml_collections
 
 from vit_jax_ext.errors import UserError
 
-DEFAULT_CONFIG = str(pathlib.Path(__file__).parent.parent / "configs" / "digits.py")
 # What may differ when a run is continued: it changes where and how often, not what is computed.
 FREE_KEYS = ("mesh", "checkpoint", "log_every_steps", "dataset.data_dir")
 

@@ -27,7 +27,7 @@ def learning_rate_schedule(
   """
   if not 0 <= warmup_steps < total_steps:
     raise UserError(
-      f"optimizer.warmup_steps {warmup_steps} must be below the {total_steps} steps of the run; lower it or train longer"
+      f"optimizer.warmup_steps {warmup_steps} must be below the {total_steps} steps of the run; change one of them"
     )
   return optax.warmup_cosine_decay_schedule(initial, peak, warmup_steps, total_steps, floor)
 

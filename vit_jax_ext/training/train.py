@@ -4,6 +4,7 @@ import contextlib
 import time
 
 from absl import logging
+from clu import parameter_overview
 from flax import nnx
 import jax
 import ml_collections
@@ -85,9 +86,19 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   first_step = checkpoints.latest_step() or 0
   if first_step:
     state = checkpoint.restore(checkpoints, first_step, checkpoint.abstract(jax.eval_shape(init), replicated))
-    logging.info("continuing from step %d of %d in %s", first_step, total_steps, workdir)
   else:
     state = init()
+
+  logging.info(
+    "%s: %s parameters; step %d of %d, %d images each, on %d device(s); workdir %s",
+    config.model.name,
+    f"{parameter_overview.count_parameters(state.params):,}",
+    first_step,
+    total_steps,
+    config.batch_size,
+    mesh.size,
+    workdir,
+  )
 
   # The compiled step, the evaluation and the batches.
   train_step = jax.jit(
@@ -155,4 +166,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
         checkpoint.save(checkpoints, step, state, results if evaluated else None)
       if evaluated or step % config.log_every_steps == 0:
         clock_step, clock = step, time.monotonic()
-  return results or evaluate_state()
+  results = results or evaluate_state()
+  logging.info("finished: %s", ", ".join(f"{name} {value:.4f}" for name, value in results.items()))
+  return results
