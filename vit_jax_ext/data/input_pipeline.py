@@ -112,13 +112,14 @@ def train_batches(
   first_epoch, used = divmod(first_step * batch_size, per_epoch)
 
   def epoch_examples(epoch):
-    order = examples.shuffle(min(shuffle_buffer, per_epoch), seed=seed + epoch, reshuffle_each_iteration=False)
-    return order.map(lambda index, example: (epoch, index, example))
+    epoch_seed = seed * 2**32 + epoch
+    order = examples.shuffle(min(shuffle_buffer, per_epoch), seed=epoch_seed, reshuffle_each_iteration=False)
+    return order.map(lambda index, example: (tf.stack([epoch_seed, index]), example))
 
-  def preprocess_example(epoch, index, example):
+  def preprocess_example(example_seed, example):
     image = preprocess.decode(example["image"])
     image = preprocess.resize_and_center_crop(image, image_size, crop=1.0)
-    image = preprocess.random_shift_and_scale(image, tf.stack([seed * 2**32 + epoch, index]), shift, scale)
+    image = preprocess.random_shift_and_scale(image, example_seed, shift, scale)
     return {"image": image, "label": tf.cast(example["label"], tf.int32)}
 
   epochs = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
