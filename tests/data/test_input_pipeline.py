@@ -1,7 +1,6 @@
 """The embedded dataset and the batches made of it."""
 
 import collections
-import itertools
 
 import numpy as np
 import pytest
@@ -20,8 +19,13 @@ def builder(data_dir):
 
 
 def train_batches(builder, count, **kw):
-  options = dict(batch_size=50, image_size=(8, 8), seed=0, first_step=0, shuffle_buffer=10_000, shift=0.0, scale=0.0)
-  return list(itertools.islice(input_pipeline.train_batches(builder, "train", **(options | kw)), count))
+  options = (
+    dict(batch_size=50, image_size=(8, 8), seed=0, first_step=0, shuffle_buffer=10_000, shift=0.0, scale=0.0) | kw
+  )
+  options["total_steps"] = options["first_step"] + count
+  batches = list(input_pipeline.train_batches(builder, "train", **options))
+  assert len(batches) == count
+  return batches
 
 
 def test_digits_is_scikit_learns_data_split_in_equal_shares(builder):

@@ -90,11 +90,12 @@ def train_batches(
   image_size: tuple[int, int],
   seed: int,
   first_step: int,
+  total_steps: int,
   shuffle_buffer: int,
   shift: float,
   scale: float,
 ) -> Iterator[Batch]:
-  """Yields this host's batches for ever, from step `first_step` on; epochs follow each other without a gap.
+  """Yields this host's batches of the steps after `first_step`; epochs follow each other without a gap.
 
   Args:
     builder: a prepared dataset.
@@ -103,6 +104,7 @@ def train_batches(
     image_size: (height, width) of the batches' images.
     seed: of order and augmentation.
     first_step: batches that an earlier run has used.
+    total_steps: batches of the whole training. An endless dataset would keep working, and delay the end by seconds.
     shuffle_buffer: examples among which the next one is drawn.
     shift, scale: see `preprocess.random_shift_and_scale`.
   """
@@ -124,7 +126,8 @@ def train_batches(
 
   epochs = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
   dataset = epochs.flat_map(epoch_examples).skip(used).map(preprocess_example, num_parallel_calls=tf.data.AUTOTUNE)
-  return dataset.batch(batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+  dataset = dataset.batch(batch_size, drop_remainder=True).take(total_steps - first_step)
+  return dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
 
 
 def eval_batches(

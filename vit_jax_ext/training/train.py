@@ -131,6 +131,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     image_size=model.image_size,
     seed=config.seed,
     first_step=first_step,
+    total_steps=total_steps,
     shuffle_buffer=data.shuffle_buffer,
     shift=data.shift,
     scale=data.scale,
@@ -141,8 +142,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   progress = Progress(first_step, total_steps)
   results = {}
   with checkpoints, contextlib.closing(writer), progress:
-    for step in range(first_step + 1, total_steps + 1):
-      state, measured = train_step(state, next(batches))
+    for step, batch in enumerate(batches, first_step + 1):
+      state, measured = train_step(state, batch)
       progress.step(step)
       if step == first_step + 1:
         jax.block_until_ready(measured)  # images/s shall not count the compilation
