@@ -60,7 +60,7 @@ class CrossAttention(nnx.Module):
 
   def __init__(self, dim: int, num_heads: int, attn_drop_rate: float, proj_drop_rate: float, **kw):
     self.num_heads = num_heads
-    self.scale = (dim // num_heads) ** -0.5
+    self.scale = layers.head_dim(dim, num_heads) ** -0.5
     self.wq = Linear(dim, dim, **kw)
     self.wk = Linear(dim, dim, **kw)
     self.wv = Linear(dim, dim, **kw)
@@ -301,9 +301,6 @@ class CrossViT(nnx.Module):
   ):
     if fusion not in FUSIONS:
       raise UserError(f"fusion {fusion!r} is unknown; choose one of {', '.join(FUSIONS)}")
-    for dim, heads in zip(embed_dim, num_heads, strict=True):
-      if dim % heads:
-        raise UserError(f"embed_dim {dim} does not divide into {heads} heads; change embed_dim or num_heads")
     if multi_conv and not set(patch_size) <= set(CONV_STEMS):
       raise UserError(f"multi_conv is defined for patches of 12 and 16 pixels, not {tuple(patch_size)}")
     self.image_size = image_size
@@ -351,11 +348,7 @@ class CrossViT(nnx.Module):
     Raises:
       UserError: images of another size, or train=True with positive drop rates and no rngs.
     """
-    if images.shape[1:] != (*self.image_size, 3):
-      raise UserError(
-        f"images of shape {images.shape} do not fit; this model takes (batch, {self.image_size[0]}, "
-        f"{self.image_size[1]}, 3): resize them, or create the model with image_size={images.shape[1:3]}"
-      )
+    layers.check_images(images, self.image_size)
     rngs = layers.runtime_rngs(train, rngs, *self.drop_rates)
     images = images.astype(self.dtype)
     xs = []

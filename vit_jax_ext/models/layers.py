@@ -1,12 +1,13 @@
-"""What two or more architectures share: patch embedding, attention, MLP, block, resize.
+"""What two or more architectures share: patch embedding, attention, MLP, block, isotropic transformer, resize.
 
 Shapes: images are (B, H, W, 3), token sequences (B, N, C), attention maps (B, heads, queries, keys).
 Every module takes `dtype` (of the computation), `param_dtype` (of the parameters) and `rngs` (which draws the initial
 parameters and is not kept). Randomness at run time is an argument, `rngs=nnx.Rngs(key)`; without it nothing is dropped.
+`train` is an argument too, where a subclass or a sibling has batch statistics: then it says whose to use.
 Statistics and softmax are at least float32, whatever `dtype` is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 
 from flax import nnx
@@ -96,13 +97,26 @@ def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
   return image_size[0] // patch_size, image_size[1] // patch_size
 
 
+def check_images(images: jax.Array, image_size: tuple[int, int]) -> None:
+  """Checks that images are (B, *image_size, 3).
+
+  Raises:
+    UserError: they are not; says what the model takes.
+  """
+  if images.shape[1:] != (*image_size, 3):
+    raise UserError(
+      f"images of shape {images.shape} do not fit; this model takes (batch, {image_size[0]}, {image_size[1]}, 3): "
+      f"resize them, or create the model with image_size={images.shape[1:3]}"
+    )
+
+
 class PatchEmbed(nnx.Module):
   """Images (B, H, W, 3) to tokens (B, rows * columns, dim) by one strided convolution."""
 
   def __init__(self, patch_size: int, dim: int, **kw):
     self.proj = Conv(3, dim, (patch_size, patch_size), strides=patch_size, padding="VALID", **kw)
 
-  def __call__(self, images: jax.Array) -> jax.Array:
+  def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
     x = self.proj(images)
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
@@ -133,18 +147,29 @@ def attend(attn: jax.Array, v: jax.Array) -> jax.Array:
   return x.reshape(*x.shape[:2], -1)
 
 
+def head_dim(dim: int, num_heads: int) -> int:
+  """Returns the width of one head.
+
+  Raises:
+    UserError: the heads do not divide the width.
+  """
+  if dim % num_heads:
+    raise UserError(f"embed_dim {dim} does not divide into {num_heads} heads; change embed_dim or num_heads")
+  return dim // num_heads
+
+
 class Attention(nnx.Module):
   """Multi-head self-attention with packed qkv; packed as (3, heads, head_dim)."""
 
   def __init__(self, dim: int, num_heads: int, attn_drop_rate: float = 0.0, proj_drop_rate: float = 0.0, **kw):
     self.num_heads = num_heads
-    self.scale = (dim // num_heads) ** -0.5
+    self.scale = head_dim(dim, num_heads) ** -0.5
     self.qkv = Linear(dim, 3 * dim, **kw)
     self.proj = Linear(dim, dim, **kw)
     self.attn_drop = nnx.Dropout(attn_drop_rate)
     self.proj_drop = nnx.Dropout(proj_drop_rate)
 
-  def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, jax.Array]:
+  def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
     """Returns the new tokens (B, N, C) and the attention maps before dropout (B, heads, N, N)."""
     qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
     q, k, v = (qkv[:, :, i] for i in range(3))
@@ -164,28 +189,102 @@ class Block(nnx.Module):
     drop_rate: float = 0.0,
     attn_drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
+    *,
+    attention: Callable[..., Attention] = Attention,
     **kw,
   ):
     self.norm1 = LayerNorm(dim, **kw)
-    self.attn = Attention(dim, num_heads, attn_drop_rate, drop_rate, **kw)
+    self.attn = attention(dim, num_heads, attn_drop_rate, drop_rate, **kw)
     self.norm2 = LayerNorm(dim, **kw)
     self.mlp = Mlp(dim, int(dim * mlp_ratio), drop_rate, **kw)
     self.drop_path = DropPath(drop_path_rate)
 
-  def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, jax.Array]:
+  def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
     """Returns the new tokens (B, N, C) and the attention maps (B, heads, N, N)."""
-    y, attn = self.attn(self.norm1(x), rngs)
+    y, attn = self.attn(self.norm1(x), rngs, train=train)
     x = x + drop(self.drop_path, y, rngs)
     x = x + drop(self.drop_path, self.mlp(self.norm2(x), rngs), rngs)
     return x, attn
 
 
-def call(block: Callable, *args, remat: bool):
-  """Calls `block(*args)`; with `remat` keeps only its inputs for the backward pass and computes the rest again."""
-  return nnx.remat(type(block).__call__)(block, *args) if remat else block(*args)
+def call(block: Callable, *args, remat: bool, **static):
+  """Calls `block(*args, **static)`; `static` are no arrays.
+
+  With `remat` keeps only its inputs for the backward pass and computes the rest again. Updates of batch statistics
+  survive (`jax.checkpoint` would drop them).
+  """
+  fn = functools.partial(type(block).__call__, **static)
+  return nnx.remat(fn)(block, *args) if remat else fn(block, *args)
 
 
 def add_cls_token(tokens: jax.Array, cls_token: jax.Array, pos_embed: jax.Array) -> jax.Array:
   """Returns [class token | tokens] + position embedding, (B, 1 + N, C), in the dtype of `tokens`."""
   cls_token = jnp.broadcast_to(cls_token.astype(tokens.dtype), (tokens.shape[0], 1, tokens.shape[-1]))
   return jnp.concatenate([cls_token, tokens], axis=1) + pos_embed.astype(tokens.dtype)
+
+
+class IsotropicTransformer(nnx.Module):
+  """A class token and the patch tokens through blocks of one width, to a linear head: what ViT and DeepViT share.
+
+  Args:
+    patch_embed: images (B, H, W, 3) to patch tokens (B, N, C); called with `train`.
+    blocks: each tokens to (tokens, attention maps); called with `rngs` and `train`.
+    num_classes: classes of the head; 0 for none, which gives the pooled features instead of logits.
+    image_size: (height, width) of the images.
+    grid: (rows, columns) of patches.
+    embed_dim: C.
+    drop_rates: of dropout, attention dropout and stochastic depth; the first is also applied to the embedded tokens.
+    remat: keep only the blocks' inputs for the backward pass.
+  """
+
+  def __init__(
+    self,
+    patch_embed: nnx.Module,
+    blocks: Sequence[nnx.Module],
+    *,
+    num_classes: int,
+    image_size: tuple[int, int],
+    grid: tuple[int, int],
+    embed_dim: int,
+    drop_rates: tuple[float, float, float],
+    remat: bool,
+    **kw,
+  ):
+    self.image_size = image_size
+    self.drop_rates = drop_rates
+    self.remat = remat
+    self.dtype = kw["dtype"]
+    rngs, param_dtype = kw["rngs"], kw["param_dtype"]
+    self.patch_embed = patch_embed
+    self.cls_token = nnx.Param(token_init(rngs.params(), (1, 1, embed_dim), param_dtype))
+    self.pos_embed = nnx.Param(token_init(rngs.params(), (1, 1 + grid[0] * grid[1], embed_dim), param_dtype))
+    self.pos_drop = nnx.Dropout(drop_rates[0])
+    self.blocks = nnx.List(blocks)
+    self.norm = LayerNorm(embed_dim, **kw)
+    self.head = Linear(embed_dim, num_classes, **kw) if num_classes else None
+
+  def __call__(
+    self, images: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Classifies normalised images (B, H, W, 3).
+
+    Returns:
+      logits (B, num_classes), at least float32; without a head the pooled features, the normalised class token (B, C).
+      out: for block i `blocks.{i}.attn` (B, heads, 1 + N, 1 + N), the maps that multiply the values, and `blocks.{i}`
+        (B, 1 + N, C), the tokens after it; `pre_logits` (B, C), the normalised class token.
+
+    Raises:
+      UserError: images of another size, or train=True with positive drop rates and no rngs.
+    """
+    check_images(images, self.image_size)
+    rngs = runtime_rngs(train, rngs, *self.drop_rates)
+    tokens = self.patch_embed(images.astype(self.dtype), train=train)
+    x = drop(self.pos_drop, add_cls_token(tokens, self.cls_token[...], self.pos_embed[...]), rngs)
+    out = {}
+    for i, block in enumerate(self.blocks):
+      x, out[f"blocks.{i}.attn"] = call(block, x, rngs, train=train, remat=self.remat)
+      out[f"blocks.{i}"] = x
+    out["pre_logits"] = x = self.norm(x[:, 0])
+    if self.head is not None:
+      x = self.head(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)), out

@@ -12,8 +12,12 @@ import jax.numpy as jnp
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models.crossvit import CrossViT
+from vit_jax_ext.models.deepvit import DeepViT
+from vit_jax_ext.models.vit import VisionTransformer
 
+HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TOKEN_PARAMS = ("pos_embed", "cls_token")  # what timm's no_weight_decay names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,33 @@ def _crossvit(name: str, params: int, multiply_adds: float, top1: float, dim: in
   return name, Variant(CrossViT, kwargs, image_size, params, multiply_adds, top1, url)
 
 
+def _deit(name: str, params: int, multiply_adds: float, top1: float, dim: int, num_heads: int, url: str):
+  kwargs = dict(embed_dim=dim, depth=12, num_heads=num_heads, mlp_ratio=4)
+  url = f"https://dl.fbaipublicfiles.com/deit/{url}"
+  return name, Variant(VisionTransformer, kwargs, 224, params, multiply_adds, top1, url, no_decay=TOKEN_PARAMS)
+
+
+def _deepvit_baseline(name: str, params: int, top1: float, depth: int):
+  # The authors' `vit_base_patch16_224` with 16 blocks; the README gives the parameters rounded to 0.1 M.
+  kwargs = dict(embed_dim=384, depth=depth, num_heads=12, mlp_ratio=3)
+  return name, Variant(
+    VisionTransformer, kwargs, 224, params, None, top1, mean=HALF, std=HALF, crop=0.9, no_decay=TOKEN_PARAMS
+  )  # fmt: skip
+
+
+def _deepvit(name: str, params: int, multiply_adds: float | None, top1: float, dim: int, depth: int,
+             url: str | None = None, image_size: int = 224, **options):  # fmt: skip
+  kwargs = dict(embed_dim=dim, depth=depth, num_heads=12, mlp_ratio=3, **options)
+  return name, Variant(
+    DeepViT, kwargs, image_size, params, multiply_adds, top1, url and f"https://drive.google.com/file/d/{url}/view",
+    mean=HALF, std=HALF, crop=0.9 if image_size == 224 else 1.0, no_decay=TOKEN_PARAMS,
+  )  # fmt: skip
+
+
+# The s and l models. s scales the new maps by head_dim ** -0.5, l does not.
+_DEEPVIT_S = dict(reattention_blocks=tuple(range(11, 16)), reatten_scale=None, scale_adjustment=0.5, conv_stem=True)
+_DEEPVIT_L = dict(reattention_blocks=tuple(range(20, 32)), scale_adjustment=0.5, conv_stem=True)
+
 VARIANTS: dict[str, Variant] = dict(
   [
     _crossvit("crossvit_tiny_224", 7_014_800, 1.6, 73.4, 96, 3, 4, 4),
@@ -74,6 +105,18 @@ VARIANTS: dict[str, Variant] = dict(
     _crossvit("crossvit_18_dagger_224", 44_266_976, 9.5, 82.8, 224, 7, 6, 3, True),
     _crossvit("crossvit_15_dagger_384", 28_500_080, 21.4, 83.5, 192, 6, 5, 3, True, 408),
     _crossvit("crossvit_18_dagger_384", 44_606_560, 32.4, 83.9, 224, 7, 6, 3, True, 408),
+    _deit("deit_tiny_patch16_224", 5_717_416, 1.3, 72.2, 192, 3, "deit_tiny_patch16_224-a1311bcf.pth"),
+    _deit("deit_small_patch16_224", 22_050_664, 4.6, 79.8, 384, 6, "deit_small_patch16_224-cd65a155.pth"),
+    _deit("deit_base_patch16_224", 86_567_656, 17.6, 81.8, 768, 12, "deit_base_patch16_224-b5f2ef4d.pth"),
+    _deepvit_baseline("vit_16b", 24_423_784, 78.88, 16),
+    _deepvit_baseline("vit_24b", 36_257_128, 79.35, 24),
+    _deepvit_baseline("vit_32b", 48_090_472, 79.27, 32),
+    _deepvit("deepvit_16b", 24_426_664, 5.3, 79.10, 384, 16),
+    _deepvit("deepvit_24b", 36_261_448, 7.9, 79.99, 384, 24, "1lPmKdNMPJq-mq-4FivqIY4JNAPoQHYxV"),
+    _deepvit("deepvit_32b", 48_096_232, 10.5, 80.90, 384, 32, "1kUBrAbAQfMT5FQJprITRxDtOE6ECZM0M"),
+    _deepvit("deepvit_s", 27_312_632, 6.4, 82.3, 396, 16, "1evhBjla4Nth7LawW2PAXnGEcpv3YBWEC", **_DEEPVIT_S),
+    _deepvit("deepvit_l", 58_883_708, 13.2, 83.1, 420, 32, "1MTRm0NK_sPGRSyuD_hHJ1Zgw2diEaKLR", **_DEEPVIT_L),
+    _deepvit("deepvit_l_384", 59_043_308, None, 84.25, 420, 32, image_size=384, **_DEEPVIT_L),
   ]
 )
 

@@ -1,0 +1,196 @@
+"""DeepViT: attention maps mixed across the heads (re-attention), so that deep blocks do not all attend alike.
+
+Zhou et al.: DeepViT: Towards Deeper Vision Transformer, 2021, arXiv 2103.11886. The authors' code is
+zhoudaquan/dvit_repo (MIT); attribute names follow its state dict. Written anew.
+"""
+
+from collections.abc import Sequence
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax_ext.errors import UserError
+from vit_jax_ext.models import layers
+from vit_jax_ext.models.layers import Attention, Block, Conv, drop
+
+
+def batch_norm(num_features: int, *, axis: int = -1, dtype: jnp.dtype, **kw) -> nnx.BatchNorm:
+  """BatchNorm as torch has it (momentum 0.1 = decay 0.9) in at least float32.
+
+  The running variance is the biased one; torch's is larger by 1 / (elements - 1), here below 1e-4.
+  """
+  dtype = jnp.promote_types(dtype, jnp.float32)
+  return nnx.BatchNorm(num_features, axis=axis, momentum=0.9, epsilon=1e-5, dtype=dtype, **kw)
+
+
+class ConvStem(nnx.Module):
+  """Patch embedding of the s and l models: two convolutions of 64 channels at half resolution, then the projection."""
+
+  def __init__(self, patch_size: int, dim: int, **kw):
+    self.conv1 = Conv(3, 64, (7, 7), strides=2, padding=((3, 3), (3, 3)), use_bias=False, **kw)
+    self.bn1 = batch_norm(64, **kw)
+    self.conv2 = Conv(64, 64, (3, 3), padding=((1, 1), (1, 1)), use_bias=False, **kw)
+    self.bn2 = batch_norm(64, **kw)
+    self.proj = Conv(64, dim, (patch_size // 2, patch_size // 2), strides=patch_size // 2, padding="VALID", **kw)
+
+  def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+    x = jax.nn.relu(self.bn1(self.conv1(images), use_running_average=not train))
+    x = jax.nn.relu(self.bn2(self.conv2(x), use_running_average=not train))
+    x = self.proj(x)
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+class HeadMixing(nnx.Conv):
+  """1x1 convolution over the heads of attention maps (B, heads, queries, keys), which stay in that layout."""
+
+  def __init__(self, num_heads: int, **kw):
+    init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    super().__init__(num_heads, num_heads, (1, 1), kernel_init=init, **kw)
+
+  def __call__(self, maps: jax.Array) -> jax.Array:
+    kernel, bias = (param[...].astype(maps.dtype) for param in (self.kernel, self.bias))
+    return jnp.einsum("bhqk,hg->bgqk", maps, kernel[0, 0]) + bias[:, None, None]
+
+
+def head_layer_norm(num_heads: int, **kw) -> nnx.LayerNorm:
+  """LayerNorm over the heads of attention maps (B, heads, queries, keys)."""
+  kw["dtype"] = jnp.promote_types(kw["dtype"], jnp.float32)
+  return layers.LayerNorm(num_heads, reduction_axes=1, feature_axes=1, **kw)
+
+
+NORMS = {
+  "batch": functools.partial(batch_norm, axis=1),
+  "layer": head_layer_norm,
+  "none": lambda num_heads, **kw: None,
+}
+
+
+class ReAttention(Attention):
+  """Attention whose maps are mixed across heads and normalised before they meet the values (equation 3).
+
+  Args:
+    norm: "batch", statistics per head over batch, queries and keys; "layer", over the heads; "none".
+    reatten_scale: factor of the new maps; None for head_dim ** -0.5.
+  """
+
+  def __init__(
+    self,
+    dim: int,
+    num_heads: int,
+    attn_drop_rate: float,
+    proj_drop_rate: float,
+    *,
+    norm: str,
+    reatten_scale: float | None,
+    **kw,
+  ):
+    super().__init__(dim, num_heads, attn_drop_rate, proj_drop_rate, **kw)
+    self.reatten_matrix = HeadMixing(num_heads, **kw)
+    self.var_norm = NORMS[norm](num_heads, **kw)
+    self.reatten_scale = self.scale if reatten_scale is None else reatten_scale
+
+  def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Returns the new tokens (B, N, C) and the maps that multiply the values (B, heads, N, N)."""
+    qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
+    q, k, v = (qkv[:, :, i] for i in range(3))
+    attn = drop(self.attn_drop, layers.softmax_attention(q, k, self.scale), rngs)
+    attn = self.reatten_matrix(attn)
+    if isinstance(self.var_norm, nnx.BatchNorm):
+      attn = self.var_norm(attn, use_running_average=not train)
+    elif self.var_norm is not None:
+      attn = self.var_norm(attn)
+    attn = attn * self.reatten_scale
+    return drop(self.proj_drop, self.proj(layers.attend(attn, v)), rngs), attn
+
+
+class AdjustedBlock(Block):
+  """Block whose branches see the residual stream times `scale_adjustment` and add their result divided by it."""
+
+  def __init__(self, *args, scale_adjustment: float, **kw):
+    super().__init__(*args, **kw)
+    self.scale_adjustment = scale_adjustment
+
+  def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Returns the new tokens (B, N, C) and the attention maps (B, heads, N, N)."""
+    scale = self.scale_adjustment
+    y, attn = self.attn(self.norm1(x * scale), rngs, train=train)
+    x = x + drop(self.drop_path, y, rngs) / scale
+    x = x + drop(self.drop_path, self.mlp(self.norm2(x * scale), rngs), rngs) / scale
+    return x, attn
+
+
+class DeepViT(layers.IsotropicTransformer):
+  """The whole classifier; see IsotropicTransformer for its call and intermediates.
+
+  Args:
+    num_classes: classes of the head; 0 for none, which gives the pooled features instead of logits.
+    image_size: (height, width) of the images; divides into patches of `patch_size`.
+    patch_size: side of the square patches, pixels.
+    embed_dim: width of the tokens; the paper's width expansion (Table 1) is this alone.
+    depth: number of blocks.
+    num_heads, mlp_ratio: heads and MLP expansion of every block.
+    reattention_blocks: indices of the blocks with re-attention, the others attend plainly; None for all.
+    reattention_norm: "batch", "layer" or "none"; see ReAttention.
+    reatten_scale: factor of the maps after re-attention; None for head_dim ** -0.5.
+    scale_adjustment: factor of the residual stream as the branches see it; see AdjustedBlock.
+    conv_stem: two convolutions with BatchNorm before the patches are embedded; `patch_size` is then even.
+    drop_rate, attn_drop_rate: dropout of tokens and of attention weights.
+    drop_path_rate: stochastic depth of the last block; rises linearly from 0.
+    remat: keep only the blocks' inputs for the backward pass.
+
+  Raises:
+    UserError: an image size that does not divide into patches, heads that do not divide the width, an unknown norm, a
+      block that does not exist, an odd patch size for the convolutional stem.
+  """
+
+  def __init__(
+    self,
+    *,
+    num_classes: int = 1000,
+    image_size: tuple[int, int] = (224, 224),
+    patch_size: int = 16,
+    embed_dim: int = 384,
+    depth: int = 16,
+    num_heads: int = 12,
+    mlp_ratio: float = 3,
+    reattention_blocks: Sequence[int] | None = None,
+    reattention_norm: str = "batch",
+    reatten_scale: float | None = 1.0,
+    scale_adjustment: float = 1.0,
+    conv_stem: bool = False,
+    drop_rate: float = 0.0,
+    attn_drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    remat: bool = False,
+    **kw,
+  ):
+    if reattention_norm not in NORMS:
+      raise UserError(f"reattention_norm {reattention_norm!r} is unknown; choose one of {', '.join(NORMS)}")
+    if conv_stem and patch_size % 2:
+      raise UserError(
+        f"patch_size {patch_size} is odd, but the convolutional stem halves the image; choose an even one"
+      )
+    reattention_blocks = range(depth) if reattention_blocks is None else reattention_blocks
+    if not set(reattention_blocks) <= set(range(depth)):
+      raise UserError(f"reattention_blocks {tuple(reattention_blocks)} do not fit; the blocks are 0 to {depth - 1}")
+    reattention = functools.partial(ReAttention, norm=reattention_norm, reatten_scale=reatten_scale)
+    super().__init__(
+      (ConvStem if conv_stem else layers.PatchEmbed)(patch_size, embed_dim, **kw),
+      [
+        AdjustedBlock(
+          embed_dim, num_heads, mlp_ratio, drop_rate, attn_drop_rate, rate, scale_adjustment=scale_adjustment,
+          attention=reattention if i in reattention_blocks else Attention, **kw,
+        )
+        for i, rate in enumerate(np.linspace(0, drop_path_rate, depth).tolist())
+      ],
+      num_classes=num_classes,
+      image_size=image_size,
+      grid=layers.patch_grid(image_size, patch_size),
+      embed_dim=embed_dim,
+      drop_rates=(drop_rate, attn_drop_rate, drop_path_rate),
+      remat=remat,
+      **kw,
+    )  # fmt: skip
