@@ -23,7 +23,11 @@ def batch_norm(num_features: int, *, axis: int = -1, dtype: jnp.dtype, **kw) -> 
   The running variance is the biased one; torch's is larger by 1 / (elements - 1), here below 1e-4.
   """
   dtype = jnp.promote_types(dtype, jnp.float32)
-  return nnx.BatchNorm(num_features, axis=axis, momentum=0.9, epsilon=1e-5, dtype=dtype, **kw)
+  norm = nnx.BatchNorm(num_features, axis=axis, momentum=0.9, epsilon=1e-5, dtype=dtype, **kw)
+  norm.mean, norm.var = (
+    nnx.BatchStat(stat[...].astype(dtype)) for stat in (norm.mean, norm.var)
+  )  # nnx: float32 always
+  return norm
 
 
 class ConvStem(nnx.Module):

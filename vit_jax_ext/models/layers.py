@@ -208,13 +208,16 @@ class Block(nnx.Module):
 
 
 def call(block: Callable, *args, remat: bool, **static):
-  """Calls `block(*args, **static)`; `static` are no arrays.
+  """Calls `block(*args, **static)`; `static` are no arrays, like `train`.
 
-  With `remat` keeps only its inputs for the backward pass and computes the rest again. Updates of batch statistics
-  survive (`jax.checkpoint` would drop them).
+  With `remat` keeps only its inputs for the backward pass and computes the rest again. Unlike `jax.checkpoint`,
+  `nnx.remat` keeps the updates of batch statistics.
   """
-  fn = functools.partial(type(block).__call__, **static)
-  return nnx.remat(fn)(block, *args) if remat else fn(block, *args)
+
+  def apply(block, *args):
+    return block(*args, **static)
+
+  return nnx.remat(apply)(block, *args) if remat else apply(block, *args)
 
 
 def add_cls_token(tokens: jax.Array, cls_token: jax.Array, pos_embed: jax.Array) -> jax.Array:
