@@ -20,13 +20,12 @@ from vit_jax_ext.models.layers import Attention, Block, Conv, drop
 def batch_norm(num_features: int, *, axis: int = -1, dtype: jnp.dtype, **kw) -> nnx.BatchNorm:
   """BatchNorm as torch has it (momentum 0.1 = decay 0.9) in at least float32.
 
-  The running variance is the biased one; torch's is larger by 1 / (elements - 1), here below 1e-4.
+  The running variance is the biased one; torch's is larger by 1 / (elements - 1), below 1e-4 at 224 pixels.
   """
   dtype = jnp.promote_types(dtype, jnp.float32)
   norm = nnx.BatchNorm(num_features, axis=axis, momentum=0.9, epsilon=1e-5, dtype=dtype, **kw)
-  norm.mean, norm.var = (
-    nnx.BatchStat(stat[...].astype(dtype)) for stat in (norm.mean, norm.var)
-  )  # nnx: float32 always
+  # nnx would keep float32 statistics of float64 maps.
+  norm.mean, norm.var = (nnx.BatchStat(stat[...].astype(dtype)) for stat in (norm.mean, norm.var))
   return norm
 
 
