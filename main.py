@@ -20,7 +20,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   with_config = argparse.ArgumentParser(add_help=False)
   with_config.add_argument("--config", metavar="FILE[:ARG]", help="experiment (default: configs/digits.py)")
   with_output = argparse.ArgumentParser(add_help=False)
-  with_output.add_argument("--output", metavar="DIR", help="also write the results as JSON into this folder")
+  with_output.add_argument("--output", metavar="DIR", help="write the results into this folder")
 
   parser = argparse.ArgumentParser(
     prog="python main.py",
@@ -45,6 +45,16 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   compare.add_argument("--models", metavar="NAME,...", help="models to compare (default: all)")
   compare.add_argument("--fusion", action="store_true", help="CrossViT-S under the five fusions of the paper's Table 6")
 
+  runs = argparse.ArgumentParser(add_help=False)
+  runs.add_argument("--workdir", metavar="DIR", action="append", help="folder of the run; repeat to compare several")
+  thresholds = argparse.ArgumentParser(add_help=False)
+  thresholds.add_argument("--threshold", type=float, default=0.8, help="similarity of similar blocks (default: 0.8)")
+  thresholds.add_argument("--head-threshold", type=float, default=0.5, help="of similar heads (default: 0.5)")
+  add("analyze", "measure and draw how alike the attention maps of blocks and heads are", runs, with_config, thresholds,
+      with_output)  # fmt: skip
+  add("study", "train the runs that a config lists, e.g. configs/digits_depth.py, and analyze them together", common,
+      with_config, thresholds, with_output)  # fmt: skip
+
   if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
     argv = ["train", *argv]
   overrides, rest = [], []
@@ -64,6 +74,20 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
   from vit_jax_ext import config as configs
 
   spec = args.config or DEFAULT_CONFIG
+  if args.command in ("analyze", "study"):
+    from vit_jax_ext.analysis import report
+
+    options = dict(threshold=args.threshold, head_threshold=args.head_threshold)
+    if args.command == "study":
+      report.study(spec, args.workdir or configs.default_workdir(spec), overrides, args.output, **options)
+      return
+    workdirs = args.workdir or [configs.default_workdir(spec)]
+    runs = {workdir: configs.read_workdir_config(workdir) for workdir in workdirs}
+    for config in runs.values():
+      configs.override(config, overrides)
+    report.analyze(runs, args.output, **options)
+    return
+
   workdir = args.workdir or configs.default_workdir(spec)
   config = configs.load_config(spec) if args.command == "train" else configs.read_workdir_config(workdir)
   configs.override(config, overrides)

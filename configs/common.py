@@ -35,6 +35,9 @@ def base_config() -> ConfigDict:
   config.optimizer.clip_norm = config_dict.placeholder(float)
   config.optimizer.accumulation_steps = 1
   config.label_smoothing = 0.1
+  config.cosine_regularizer = ConfigDict()
+  config.cosine_regularizer.weight = 0.0  # of the similarity of neighbouring blocks' attention maps (DeepViT-32b: 0.1)
+  config.cosine_regularizer.blocks = ()  # block i is compared with i + 1 (DeepViT-32b: 0 to 11)
   config.ema_decay = 0.0  # 0: no averaged weights
 
   config.log_every_steps = 50

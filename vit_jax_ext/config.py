@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import types
 
 import ml_collections
 
@@ -26,6 +27,27 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     UserError: the file is missing or is no config.
   """
   path, _, argument = spec.partition(":")
+  module = _load_module(path)
+  try:
+    return module.get_config(argument) if argument else module.get_config()
+  except (KeyError, ValueError) as error:
+    raise UserError(f"config {path} does not know the argument {argument!r}: {error.args[0]}") from None
+
+
+def study_arguments(spec: str) -> Sequence[str]:
+  """Returns the STUDY of a config file, the arguments whose runs are compared.
+
+  Raises:
+    UserError: it lists none.
+  """
+  path, _, argument = spec.partition(":")
+  module = _load_module(path)
+  if argument or not hasattr(module, "STUDY"):
+    raise UserError(f"config {spec} is no study; give a file that lists its runs, such as configs/digits_depth.py")
+  return module.STUDY
+
+
+def _load_module(path: str) -> types.ModuleType:
   if not os.path.isfile(path):
     raise UserError(f"config {path} does not exist; give a file such as configs/digits.py")
   module_spec = importlib.util.spec_from_file_location("experiment_config", path)
@@ -35,10 +57,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
   module_spec.loader.exec_module(module)
   if not hasattr(module, "get_config"):
     raise UserError(f"config {path} defines no get_config(argument); see configs/digits.py for one that does")
-  try:
-    return module.get_config(argument) if argument else module.get_config()
-  except (KeyError, ValueError) as error:
-    raise UserError(f"config {path} does not know the argument {argument!r}: {error.args[0]}") from None
+  return module
 
 
 def override(config: ml_collections.ConfigDict, assignments: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import vit_jax_ext as vx
 from vit_jax_ext.analysis import similarity
 
+forward = jax.jit(lambda model, x: model(x))
 SMALL = dict(image_size=32, num_classes=5, embed_dim=24, depth=4, num_heads=3)
 
 
@@ -63,16 +64,18 @@ def test_the_split_into_batches_does_not_matter(name):
   overrides = SMALL if name == "vit_16b" else SMALL | {"reattention_blocks": (2, 3)}
   model = vx.create_model(name, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, **overrides)
   image = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), np.uint8)
-  mask = np.array([True, True, True, False])
+  batch = {"image": image, "label": np.array([0, 1, 2, 3]), "mask": np.array([True, True, True, False])}
 
   def normalize(x):
     return x.astype(jnp.float32) / 255
 
-  whole, maps = similarity.measure_similarity(model, [{"image": image, "mask": mask}], normalize=normalize)
-  halves = [{"image": image[i : i + 2], "mask": mask[i : i + 2]} for i in (0, 2)]
+  whole, maps = similarity.measure_similarity(model, [batch], normalize=normalize)
+  halves = [jax.tree.map(lambda x, i=i: x[i : i + 2], batch) for i in (0, 2)]
   parts, part_maps = similarity.measure_similarity(model, halves, normalize=normalize)
   np.testing.assert_allclose(maps, part_maps, atol=1e-5)
   assert maps.shape == (4, 5, 5)
+  best = jnp.argmax(forward(model, normalize(image))[0], axis=-1)
+  assert whole["top1"] == parts["top1"] == np.mean(best[:3] == batch["label"][:3])
   assert (whole["images"], whole["blocks"], whole["heads"], whole["tokens"]) == (3, 4, 3, 5)
   for k in "123":
     np.testing.assert_allclose(whole["similarity"][k], parts["similarity"][k], atol=1e-5)
@@ -83,7 +86,7 @@ def test_blocks_with_equal_maps_are_similar_and_with_different_ones_not():
   out = random_out()
   out["blocks.1.attn"] = out["blocks.0.attn"]
   sums = similarity.batch_similarity(out, np.ones(3, bool), 0.99, 0.5)
-  summary = similarity.summarize(sums, 0.99, 0.5)
+  summary = similarity.summarize(sums | {"top1": 1}, 0.99, 0.5)
   assert summary["similar_blocks"] == 1
   np.testing.assert_allclose(summary["ratio"]["1"][0], 1)
 
@@ -92,7 +95,8 @@ def test_a_model_without_such_maps_is_refused():
   overrides = dict(image_size=48, embed_dim=(24, 48), depth=((1, 1),))
   model = vx.create_model("crossvit_tiny_224", rngs=nnx.Rngs(0), **overrides)
   with pytest.raises(vx.UserError, match=r"choose one of deepvit_16b, .*vit_32b"):
-    similarity.measure_similarity(model, [{"image": np.zeros((1, 48, 48, 3)), "mask": np.ones(1, bool)}])
+    batch = {"image": np.zeros((1, 48, 48, 3)), "label": np.zeros(1), "mask": np.ones(1, bool)}
+    similarity.measure_similarity(model, [batch])
   different = random_out() | {"blocks.2.attn": jnp.ones((3, 3, 4, 4))}
   with pytest.raises(vx.UserError, match="attention maps of one size"):
     similarity.attention_maps(different)

@@ -1,72 +1,90 @@
-"""The DeepViT paper's figures, drawn from what `similarity.measure_similarity` returns. Needs matplotlib."""
+"""The DeepViT paper's figures, drawn from what `report.measure` returns."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import math
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 import numpy as np
 
-Summary = Mapping[str, Any]  # see similarity.summarize
+Summary = Mapping[str, Any]  # see similarity.summarize; besides `model`, the name of its class
 
 
-def save_similarity_against_depth(summary: Summary, path: Path) -> None:
-  """Figure 3a: share of vectors alike in block p and its k-th neighbour, and their mean similarity, over p."""
+def _name(summary: Summary) -> str:
+  return f"{summary['model']}, {summary['blocks']} blocks"
+
+
+def similarity_against_depth(summary: Summary) -> Figure:
+  """Figure 3a: how alike block p and its k-th neighbour are, over p: share above the threshold, and the mean."""
   figure = Figure(figsize=(10, 4), layout="constrained")
   left, right = figure.subplots(1, 2, sharex=True)
   for k, ratios in summary["ratio"].items():
-    left.plot(range(1, len(ratios) + 1), ratios, marker="o", label=f"block p + {k}")
+    left.plot(range(1, len(ratios) + 1), ratios, marker="o", markersize=3)
     means = summary["similarity"][k]
-    right.plot(range(1, len(means) + 1), means, marker="o", label=f"block p + {k}")
+    right.plot(range(1, len(means) + 1), means, marker="o", markersize=3, label=f"block p + {k}")
   right.axhline(summary["threshold"], color="grey", linestyle="--", label=f"threshold {summary['threshold']}")
-  left.set(xlabel="block p", ylabel=f"share of vectors with similarity of at least {summary['threshold']}", ylim=(0, 1))
-  right.set(xlabel="block p", ylabel="mean cosine similarity of attention maps", ylim=(None, 1.02))
-  right.legend(title="compared with")
-  figure.suptitle(f"{summary['similar_blocks']} of {summary['blocks']} blocks are similar to the next one")
-  figure.savefig(path, dpi=150)
+  left.set(title="Share of attention vectors that are alike", xlabel="block p", ylim=(-0.02, 1.02),
+           ylabel=f"share with cosine similarity ≥ {summary['threshold']}")  # fmt: skip
+  left.xaxis.set_major_locator(MaxNLocator(integer=True))
+  left.yaxis.set_major_formatter(PercentFormatter(1))
+  lowest = min(0, *(min(means) for means in summary["similarity"].values())) if summary["similarity"] else 0
+  right.set(title="Mean similarity", xlabel="block p", ylabel="cosine similarity", ylim=(lowest - 0.02, 1.02))
+  right.legend(title="block p compared with")
+  figure.suptitle(
+    f"Attention maps of {_name(summary)}: {summary['similar_blocks']} are similar to the next one "
+    f"(mean ≥ {summary['threshold']})"
+  )
+  return figure
 
 
-def save_similar_blocks_against_depth(summaries: Mapping[str, Summary], path: Path) -> None:
-  """Figure 3b: share of similar blocks over depth, a line per family, e.g. {"ViT 12": ..., "DeepViT 12": ...}.
-
-  The family is the label up to its last space.
-  """
+def similar_blocks_against_depth(summaries: Sequence[Summary]) -> Figure:
+  """Figure 3b: share of similar blocks over the number of blocks, a line per class of model."""
   figure = Figure(figsize=(6, 4), layout="constrained")
   axes = figure.subplots()
-  families: dict[str, list[tuple[int, float]]] = {}
-  for label, summary in summaries.items():
-    point = (summary["blocks"], summary["similar_blocks"] / summary["blocks"])
-    families.setdefault(label.rpartition(" ")[0] or label, []).append(point)
-  for family, points in families.items():
-    axes.plot(*zip(*sorted(points), strict=True), marker="o", label=family)
-  axes.set(xlabel="blocks of the model", ylabel="share of blocks similar to the next one", ylim=(-0.02, 1.02))
+  for model in dict.fromkeys(summary["model"] for summary in summaries):
+    points = sorted((s["blocks"], s["similar_blocks"] / s["blocks"]) for s in summaries if s["model"] == model)
+    axes.plot(*zip(*points, strict=True), marker="o", label=model)
+  axes.set(title="Blocks that attend as the next one does\n"
+           f"(mean cosine similarity of their attention maps ≥ {summaries[0]['threshold']})",
+           xlabel="blocks of the model", ylabel="share of similar blocks", ylim=(-0.02, 1.02),
+           xticks=sorted({s["blocks"] for s in summaries}))  # fmt: skip
+  axes.yaxis.set_major_formatter(PercentFormatter(1))
   axes.legend()
-  figure.savefig(path, dpi=150)
+  return figure
 
 
-def save_head_similarity(summary: Summary, path: Path) -> None:
+def heads_of_last_block(summary: Summary) -> Figure:
   """Figure 3c: cosine similarity between the heads of the last block, a heat map."""
-  figure = Figure(figsize=(5, 4), layout="constrained")
+  figure = Figure(figsize=(5.5, 4.5), layout="constrained")
   axes = figure.subplots()
-  image = axes.imshow(summary["head_similarity"][-1], vmin=0, vmax=1, cmap="Blues")
-  figure.colorbar(image, label="mean cosine similarity")
-  ratio = summary["head_ratio"][-1]
-  axes.set(
-    xlabel="head", ylabel="head", title=f"block {summary['blocks']}: {ratio:.0%} at {summary['head_threshold']}+"
-  )
-  figure.savefig(path, dpi=150)
+  ticks = range(summary["heads"])
+  image = axes.imshow(summary["head_similarity"][-1], vmin=-1, vmax=1, cmap="RdBu_r")
+  figure.colorbar(image, label="mean cosine similarity of attention maps")
+  axes.set(xlabel="head", ylabel="head", xticks=ticks, yticks=ticks, xticklabels=[i + 1 for i in ticks],
+           yticklabels=[i + 1 for i in ticks],
+           title=f"Heads of the last block of {_name(summary)}\n{summary['head_ratio'][-1]:.0%} of the pairs' "
+           f"attention vectors reach {summary['head_threshold']}")  # fmt: skip
+  return figure
 
 
-def save_attention_maps(maps: np.ndarray, path: Path) -> None:
-  """Draws a heat map per block of (L, T, T) maps, averaged over heads and images; each is scaled to its own maximum."""
+def attention_maps(summary: Summary, maps: np.ndarray) -> Figure:
+  """Draws a heat map per block of (L, T, T) maps averaged over heads and images, each in its own range of colours."""
   columns = min(8, len(maps))
   rows = math.ceil(len(maps) / columns)
-  figure = Figure(figsize=(1.6 * columns, 1.8 * rows), layout="constrained")
-  for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-    axes.axis("off")
-    if i < len(maps):
-      axes.imshow(maps[i], vmin=0, vmax=maps[i].max(), cmap="Blues")
-      axes.set_title(f"block {i + 1}", fontsize=8)
-  figure.suptitle("mean attention: queries down, keys across, class token first")
-  figure.savefig(path, dpi=150)
+  figure = Figure(figsize=(1.5 * columns + 0.5, 1.7 * rows + 0.8), layout="constrained")
+  grid = figure.subplots(rows, columns, squeeze=False)
+  for i, axes in enumerate(grid.flat):
+    axes.set(xticks=[], yticks=[])
+    if i >= len(maps):
+      axes.axis("off")
+      continue
+    low, high = np.min(maps[i]), np.max(maps[i])
+    image = axes.imshow(maps[i], vmin=low, vmax=high, cmap="viridis")
+    axes.set_title(f"block {i + 1}\n{low:.2g} to {high:.2g}", fontsize=7)
+  colorbar = figure.colorbar(image, ax=grid, ticks=[low, high], shrink=0.6)
+  colorbar.ax.set_yticklabels(["lowest of\nthe block", "highest of\nthe block"], fontsize=7)
+  figure.suptitle(f"Attention of {_name(summary)}, mean of {summary['heads']} heads and {summary['images']} images")
+  figure.supxlabel("key token (class token first, then the patches row by row)", fontsize=8)
+  figure.supylabel("query token", fontsize=8)
+  return figure

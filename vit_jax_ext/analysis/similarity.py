@@ -109,10 +109,15 @@ def batch_similarity(
 def summarize(sums: Mapping[str, np.ndarray], threshold: float, head_threshold: float) -> dict[str, Any]:
   """Turns sums over all images into the means that the paper's figures show, plain numbers and lists.
 
+  Args:
+    sums: of `batch_similarity` over all batches, and `top1`, the number of hits.
+    threshold, head_threshold: which the sums were made with.
+
   Returns:
-    images, blocks, heads, tokens, threshold, head_threshold: numbers.
+    images, top1 (share of hits), blocks, heads, tokens, threshold, head_threshold: numbers.
     similarity, ratio, feature_similarity: {"1": [L - 1 numbers], "2": [L - 2], "3": [L - 3]} by distance k, indexed by
       the lower block p.
+    mean_similarity: the mean of `similarity["1"]`; None if there is one block.
     similar_blocks: number of blocks p whose mean similarity to block p + 1 reaches `threshold`. (The paper's README
       counts such blocks and leaves the rule open.)
     head_similarity: [L][H][H]. head_similarity_mean: [L], over pairs of different heads; 0 if there is one head.
@@ -124,6 +129,7 @@ def summarize(sums: Mapping[str, np.ndarray], threshold: float, head_threshold: 
   pairs = np.triu_indices(heads.shape[1], 1)
   return {
     "images": int(sums["images"]),
+    "top1": float(means["top1"]),
     "blocks": heads.shape[0],
     "heads": heads.shape[1],
     "tokens": means["maps"].shape[1],
@@ -132,11 +138,21 @@ def summarize(sums: Mapping[str, np.ndarray], threshold: float, head_threshold: 
     "similarity": {str(k): means[f"similarity.{k}"].tolist() for k in distances},
     "ratio": {str(k): means[f"ratio.{k}"].tolist() for k in distances},
     "feature_similarity": {str(k): means[f"features.{k}"].tolist() for k in distances},
+    "mean_similarity": float(means["similarity.1"].mean()) if distances else None,
     "similar_blocks": sum(s >= threshold for s in means["similarity.1"].tolist()) if distances else 0,
     "head_similarity": heads.tolist(),
     "head_similarity_mean": (heads[:, *pairs].sum(-1) / max(1, len(pairs[0]))).tolist(),
     "head_ratio": means["head_ratio"].tolist(),
   }
+
+
+def check_thresholds(threshold: float, head_threshold: float) -> None:
+  """Raises UserError unless both are in (0, 1]."""
+  for name, value in (("threshold", threshold), ("head_threshold", head_threshold)):
+    if not 0 < value <= 1:
+      raise UserError(
+        f"{name} {value} is no cosine similarity above 0; choose one in (0, 1], the paper has 0.8 and 0.5"
+      )
 
 
 def measure_similarity(
@@ -151,7 +167,7 @@ def measure_similarity(
 
   Args:
     model: with attention maps of one size for every block: ViT, DeiT, DeepViT.
-    batches: of one size, each `image` (B, H, W, 3) and `mask` (B,), False for padding.
+    batches: of one size, each `image` (B, H, W, 3), `label` (B,) and `mask` (B,), False for padding.
     normalize: applied to the images on the device, in front of the model.
     threshold: cosine similarity from which two blocks' vectors count as similar, in (0, 1].
     head_threshold: the same for two heads of a block.
@@ -163,21 +179,18 @@ def measure_similarity(
   Raises:
     UserError: a model without such maps, a threshold outside (0, 1], no images.
   """
-  for name, value in (("threshold", threshold), ("head_threshold", head_threshold)):
-    if not 0 < value <= 1:
-      raise UserError(
-        f"{name} {value} is no cosine similarity above 0; choose one in (0, 1], the paper has 0.8 and 0.5"
-      )
+  check_thresholds(threshold, head_threshold)
   graphdef, state = nnx.split(model)
 
   @jax.jit
-  def step(state, image, mask):
-    _, out = nnx.merge(graphdef, state)(normalize(image), train=False)
-    return batch_similarity(out, mask, threshold, head_threshold)
+  def step(state, batch):
+    logits, out = nnx.merge(graphdef, state)(normalize(batch["image"]), train=False)
+    hits = batch["mask"] & (jnp.argmax(logits, axis=-1) == batch["label"])
+    return batch_similarity(out, batch["mask"], threshold, head_threshold) | {"top1": jnp.sum(hits)}
 
   sums = None
   for batch in batches:
-    new = jax.tree.map(lambda s: np.asarray(s, np.float64), step(state, batch["image"], batch["mask"]))
+    new = jax.tree.map(lambda s: np.asarray(s, np.float64), step(state, batch))
     sums = new if sums is None else jax.tree.map(np.add, sums, new)
   if sums is None or not sums["images"]:
     raise UserError("there are no images to measure; choose a split that has some")

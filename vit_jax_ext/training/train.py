@@ -7,6 +7,7 @@ from absl import logging
 from clu import parameter_overview
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from vit_jax_ext.config import claim_workdir
@@ -16,6 +17,7 @@ from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import registry
 from vit_jax_ext.training import checkpoint, metrics, optimizer, sharding
 from vit_jax_ext.training.evaluate import SplitEvaluator
+from vit_jax_ext.training.losses import attention_cosine_loss
 from vit_jax_ext.training.train_step import init_state, make_train_step, split_model
 
 
@@ -65,6 +67,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     )
 
   model = nnx.eval_shape(create_model)
+  regularizer = config.cosine_regularizer
+  if regularizer.weight:  # the training step refuses a model without attention maps, but after the workdir is claimed
+    images = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)
+    jax.eval_shape(lambda model, x: attention_cosine_loss(model(x)[1], regularizer.blocks), model, images)
   schedule = optimizer.learning_rate_schedule(
     peak=config.optimizer.learning_rate,
     initial=config.optimizer.initial_learning_rate,
@@ -109,6 +115,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
       std=variant.std,
       seed=config.seed,
       label_smoothing=config.label_smoothing,
+      cosine_weight=regularizer.weight,
+      cosine_blocks=regularizer.blocks,
       ema_decay=config.ema_decay,
       accumulation_steps=config.optimizer.accumulation_steps,
     ),

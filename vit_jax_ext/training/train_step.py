@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vit_jax_ext.training.losses import smoothed_cross_entropy
+from vit_jax_ext.training.losses import attention_cosine_loss, smoothed_cross_entropy
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -64,6 +64,8 @@ def make_train_step(
   std: Sequence[float],
   seed: int,
   label_smoothing: float = 0.0,
+  cosine_weight: float = 0.0,
+  cosine_blocks: Sequence[int] = (),
   ema_decay: float = 0.0,
   accumulation_steps: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -75,19 +77,25 @@ def make_train_step(
     mean, std: normalisation of the images.
     seed: of dropout and stochastic depth; step s draws from fold_in(key(seed), s), so nothing random is stored.
     label_smoothing: see `smoothed_cross_entropy`.
+    cosine_weight: of `attention_cosine_loss` in the loss; 0 switches it off.
+    cosine_blocks: its blocks.
     ema_decay: share of the old average that stays at each step; 0 switches the averages off.
     accumulation_steps: the batch is worked off in this many equal parts, one after another, for one update.
 
-  The batch holds `image` uint8 (B, H, W, 3) and `label` int32 (B,). Metrics are scalars: loss, top1 (share), grad_norm.
+  The batch holds `image` uint8 (B, H, W, 3) and `label` int32 (B,). Metrics are scalars: loss, top1 (share),
+  grad_norm, and attention_cosine where it is part of the loss.
   """
   key = jax.random.key(seed)
 
   def loss_fn(params, stats, batch, key):
     model = nnx.merge(graphdef, params, stats)
-    logits, _ = model(normalize(batch["image"], mean, std), train=True, rngs=nnx.Rngs(key))
+    logits, out = model(normalize(batch["image"], mean, std), train=True, rngs=nnx.Rngs(key))
     loss = smoothed_cross_entropy(logits, batch["label"], label_smoothing).mean()
-    top1 = jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])
-    return loss, (split_model(model)[2], {"loss": loss, "top1": top1})
+    metrics = {"top1": jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])}
+    if cosine_weight:
+      metrics["attention_cosine"] = attention_cosine_loss(out, cosine_blocks)
+      loss += cosine_weight * metrics["attention_cosine"]
+    return loss, (split_model(model)[2], metrics | {"loss": loss})
 
   grad_fn = jax.grad(loss_fn, has_aux=True)
 

@@ -1,0 +1,26 @@
+"""Does attention collapse in deep ViTs, and does re-attention keep it apart? Thin models on digits, DeepViT section 3.
+
+Run all: python main.py study --config=configs/digits_depth.py --workdir=DIR
+Run one: python main.py --config=configs/digits_depth.py:FAMILY,DEPTH --workdir=DIR
+FAMILY: vit, deepvit. DEPTH: number of blocks.
+"""
+
+from configs import digits
+
+STUDY = ("vit,12", "vit,24", "vit,32", "deepvit,12", "deepvit,24", "deepvit,32")
+
+
+def get_config(argument: str = "deepvit,24"):
+  """Returns the config of one cell.
+
+  Raises:
+    ValueError: another argument than FAMILY,DEPTH.
+  """
+  family, _, depth = argument.partition(",")
+  if family not in ("vit", "deepvit") or not depth.isdecimal() or int(depth) < 1:
+    raise ValueError("give FAMILY,DEPTH with the family vit or deepvit, for example deepvit,24")
+  config = digits.get_config(family)
+  config.model.overrides.update(depth=int(depth), patch_size=6, embed_dim=32, num_heads=4, mlp_ratio=2)
+  config.batch_size = 64
+  config.total_steps = 400
+  return config
