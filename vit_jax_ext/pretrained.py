@@ -14,6 +14,9 @@ _TORCH_LEAF = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "v
 # timm's CrossViT writes `pos_embed_0` where the authors write `pos_embed.0`.
 _TIMM_NAMES = {f"{name}_{b}": f"{name}.{b}" for name in ("pos_embed", "cls_token") for b in (0, 1)}
 
+# Buffers that are no integers: Swin's mask of shifted windows.
+_FLOAT_BUFFERS = ("attn_mask",)
+
 
 @dataclasses.dataclass
 class LoadReport:
@@ -74,7 +77,7 @@ def load_pretrained(model: nnx.Module, source: Mapping[str, np.ndarray]) -> Load
     filled[path] = variable.replace(jnp.asarray(array, variable.dtype))
     report.loaded.append(name)
   for name, array in arrays.items():
-    if jnp.issubdtype(array.dtype, jnp.floating):
+    if jnp.issubdtype(array.dtype, jnp.floating) and name.rpartition(".")[2] not in _FLOAT_BUFFERS:
       wrong.append(f"{name} is no parameter of the model")
     report.unused.append(name)
   if wrong:

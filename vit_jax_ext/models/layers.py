@@ -1,4 +1,4 @@
-"""What two or more architectures share: patch embedding, attention, MLP, block, isotropic transformer, resize.
+"""What two or more architectures share: patch embedding, attention, windows, MLP, block, isotropic transformer.
 
 Shapes: images are (B, H, W, 3), token sequences (B, N, C), attention maps (B, heads, queries, keys).
 Every module takes `dtype` (of the computation), `param_dtype` (of the parameters) and `rngs` (which draws the initial
@@ -9,6 +9,7 @@ Statistics and softmax are at least float32, whatever `dtype` is.
 
 from collections.abc import Callable, Sequence
 import functools
+import math
 
 from flax import nnx
 import jax
@@ -110,6 +111,30 @@ def check_images(images: jax.Array, image_size: tuple[int, int]) -> None:
     )
 
 
+def fit_window(side: int, window_size: int) -> int:
+  """Returns the divisor of `side` whose ratio to `window_size` is nearest to 1; of two, the larger.
+
+  With the papers' 7 it is 7 wherever 7 divides (224, 448 pixels), and 8 in every stage at 256 pixels.
+  """
+  divisors = (d for d in range(1, side + 1) if side % d == 0)
+  return min(divisors, key=lambda d: (abs(math.log(d / window_size)), -d))
+
+
+def partition_windows(x: jax.Array, window: tuple[int, int]) -> jax.Array:
+  """Cuts (B, H, W, C) into windows of (height, width), row by row: (B, windows, height * width, C)."""
+  batch, rows, columns, dim = x.shape
+  h, w = window
+  x = x.reshape(batch, rows // h, h, columns // w, w, dim).swapaxes(2, 3)
+  return x.reshape(batch, -1, h * w, dim)
+
+
+def merge_windows(x: jax.Array, grid: tuple[int, int], window: tuple[int, int]) -> jax.Array:
+  """Inverse of `partition_windows`: (B, windows, height * width, C) back to (B, *grid, C)."""
+  (rows, columns), (h, w) = grid, window
+  x = x.reshape(x.shape[0], rows // h, columns // w, h, w, -1).swapaxes(2, 3)
+  return x.reshape(x.shape[0], rows, columns, -1)
+
+
 class PatchEmbed(nnx.Module):
   """Images (B, H, W, 3) to tokens (B, rows * columns, dim) by one strided convolution."""
 
@@ -119,6 +144,11 @@ class PatchEmbed(nnx.Module):
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
     x = self.proj(images)
     return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def depthwise_conv(dim: int, **kw) -> nnx.Conv:
+  """3x3 convolution of each channel by itself, (B, H, W, dim) to the same: the position term of CSWin and BOAT."""
+  return Conv(dim, dim, (3, 3), padding=((1, 1), (1, 1)), feature_group_count=dim, **kw)
 
 
 class Mlp(nnx.Module):
@@ -134,17 +164,20 @@ class Mlp(nnx.Module):
     return drop(self.drop, self.fc2(x), rngs)
 
 
-def softmax_attention(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
-  """Returns softmax(scale * q k^T), at least float32, (B, heads, queries, keys), from (B, tokens, heads, head_dim)."""
+def softmax_attention(q: jax.Array, k: jax.Array, scale: float, bias: jax.Array | None = None) -> jax.Array:
+  """Returns softmax(scale * q k^T + bias), at least float32, (..., heads, queries, keys).
+
+  q and k are (..., tokens, heads, head_dim); bias broadcasts to the result.
+  """
   dtype = jnp.promote_types(q.dtype, jnp.float32)
-  logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=dtype)
-  return jax.nn.softmax(logits * scale, axis=-1)
+  logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=dtype) * scale
+  return jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
 
 
 def attend(attn: jax.Array, v: jax.Array) -> jax.Array:
-  """Returns the values (B, keys, heads, head_dim) mixed by `attn` (B, heads, queries, keys), as (B, queries, C)."""
-  x = jnp.einsum("bhqk,bkhd->bqhd", attn.astype(v.dtype), v)
-  return x.reshape(*x.shape[:2], -1)
+  """Returns the values (..., keys, heads, head_dim) mixed by `attn` (..., heads, queries, keys), (..., queries, C)."""
+  x = jnp.einsum("...hqk,...khd->...qhd", attn.astype(v.dtype), v)
+  return x.reshape(*x.shape[:-2], -1)
 
 
 def head_dim(dim: int, num_heads: int) -> int:

@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax_ext.errors import UserError
+from vit_jax_ext.models.boat import BoatCSWin, BoatSwin
 from vit_jax_ext.models.crossvit import CrossViT
+from vit_jax_ext.models.cswin import CSWin
 from vit_jax_ext.models.deepvit import DeepViT
+from vit_jax_ext.models.swin import Swin
 from vit_jax_ext.models.vit import VisionTransformer
 
 HALF = (0.5, 0.5, 0.5)
@@ -92,6 +95,34 @@ def _deepvit(name: str, params: int, multiply_adds: float | None, top1: float, d
 _DEEPVIT_S = dict(reattention_blocks=tuple(range(11, 16)), reatten_scale=None, scale_adjustment=0.5, conv_stem=True)
 _DEEPVIT_L = dict(reattention_blocks=tuple(range(20, 32)), scale_adjustment=0.5, conv_stem=True)
 
+_SWIN_SIZES = {
+  "tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+  "small": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+  "base": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+}
+_CSWIN_SIZES = {
+  "tiny": dict(embed_dim=64, depth=(1, 2, 21, 1), num_heads=(2, 4, 8, 16)),
+  "small": dict(embed_dim=64, depth=(2, 4, 32, 2), num_heads=(2, 4, 8, 16)),
+  "base": dict(embed_dim=96, depth=(2, 4, 32, 2), num_heads=(4, 8, 16, 32)),
+}
+
+
+def _swin(model: type[nnx.Module], name: str, params: int, multiply_adds: float, top1: float | None, url: str):
+  size = _SWIN_SIZES[name.rpartition("_")[2]]
+  no_decay = ("relative_position_bias_table",)
+  return name, Variant(model, size, 224, params, multiply_adds, top1, url, no_decay=no_decay)
+
+
+def _cswin(model: type[nnx.Module], name: str, params: int, multiply_adds: float, top1: float | None, url: str):
+  size = _CSWIN_SIZES[name.rpartition("_")[2]]
+  return name, Variant(model, size, 224, params, multiply_adds, top1, url, crop=0.9)
+
+
+_SWIN_URL = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_{}_patch4_window7_224.pth"
+_CSWIN_URL = "https://github.com/microsoft/CSWin-Transformer/releases/download/v0.1.0/cswin_{}_224.pth"
+# dl=1 answers with the file, where the authors' own dl=0 answers with a page.
+_BOAT_URL = "https://www.dropbox.com/s/{}?dl=1"
+
 VARIANTS: dict[str, Variant] = dict(
   [
     _crossvit("crossvit_tiny_224", 7_014_800, 1.6, 73.4, 96, 3, 4, 4),
@@ -117,6 +148,22 @@ VARIANTS: dict[str, Variant] = dict(
     _deepvit("deepvit_s", 27_312_632, 6.4, 82.3, 396, 16, "1evhBjla4Nth7LawW2PAXnGEcpv3YBWEC", **_DEEPVIT_S),
     _deepvit("deepvit_l", 58_883_708, 13.2, 83.1, 420, 32, "1MTRm0NK_sPGRSyuD_hHJ1Zgw2diEaKLR", **_DEEPVIT_L),
     _deepvit("deepvit_l_384", 59_043_308, None, 84.25, 420, 32, image_size=384, **_DEEPVIT_L),
+    _swin(Swin, "swin_tiny", 28_288_354, 4.5, 81.2, _SWIN_URL.format("tiny")),
+    _swin(Swin, "swin_small", 49_606_258, 8.7, 83.2, _SWIN_URL.format("small")),
+    _swin(Swin, "swin_base", 87_768_224, 15.4, 83.5, _SWIN_URL.format("base")),
+    _swin(BoatSwin, "boat_swin_tiny", 30_265_186, 5.2, None, _BOAT_URL.format("xa94uewsrvjglnn/tiny.pth")),
+    _swin(BoatSwin, "boat_swin_small", 55_158_898, 10.2, None, _BOAT_URL.format("7ih1zvii3bvdcgd/small.pth")),
+    _swin(BoatSwin, "boat_swin_base", 97_612_960, 18.0, None, _BOAT_URL.format("70hr7h0smcr0gr9/base.pth")),
+    _cswin(CSWin, "cswin_tiny", 22_320_552, 4.3, 82.8, _CSWIN_URL.format("tiny")),
+    _cswin(CSWin, "cswin_small", 34_643_304, 6.9, 83.6, _CSWIN_URL.format("small")),
+    _cswin(CSWin, "cswin_base", 77_382_184, 15.0, 84.2, _CSWIN_URL.format("base")),
+    _cswin(BoatCSWin, "boat_cswin_tiny", 26_390_952, 5.2, None, _BOAT_URL.format("rsmtu6r0v2lt0y5/cswin_tiny.pth.tar")),
+    _cswin(
+      BoatCSWin, "boat_cswin_small", 40_112_488, 8.0, None, _BOAT_URL.format("cnl00d1faxxoi19/cswin_small.pth.tar")
+    ),
+    _cswin(
+      BoatCSWin, "boat_cswin_base", 89_628_712, 17.6, None, _BOAT_URL.format("92sr8r8zhng1mqg/cswin_base.pth.tar")
+    ),
   ]
 )
 
@@ -179,7 +226,12 @@ def create_model(
     UserError: unknown name or keyword, or values that do not fit together.
   """
   variant = get_variant(name)
-  known = set(inspect.signature(variant.model.__init__).parameters) - {"self", "kw"}
+  known = {
+    parameter.name
+    for cls in variant.model.__mro__
+    for parameter in inspect.signature(cls.__init__).parameters.values()
+    if parameter.kind is parameter.KEYWORD_ONLY
+  }
   for key in overrides:
     if key not in known:
       raise UserError(f"{name} has no option {key!r}; it has {', '.join(sorted(known))}")
