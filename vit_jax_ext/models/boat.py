@@ -161,7 +161,7 @@ class FeatureAttention(nnx.Module):
     self.levels = cluster_levels(math.prod(grid), options.cluster_size)
     self.qkv = Linear(dim, 3 * dim, **kw)
     self.proj = Linear(dim, dim, **kw)
-    self.get_v = layers.depthwise_conv(dim, **kw)
+    self.get_v = layers.DepthwiseConv(dim, **kw)
     self.attn_drop = nnx.Dropout(attn_drop_rate)
     self.proj_drop = nnx.Dropout(proj_drop_rate)
 

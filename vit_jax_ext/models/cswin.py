@@ -40,7 +40,7 @@ class StripeAttention(nnx.Module):
     self.grid, self.stripe = grid, stripe
     self.num_heads = num_heads
     self.scale = (dim // num_heads) ** -0.5
-    self.get_v = layers.depthwise_conv(dim, **kw)
+    self.get_v = layers.DepthwiseConv(dim, **kw)
     self.attn_drop = nnx.Dropout(attn_drop_rate)
 
   def __call__(self, qkv: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:

