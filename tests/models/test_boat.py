@@ -1,0 +1,238 @@
+"""BOAT: the released code's logits, clustering against its definition, any size and batch, the ablations, bad input."""
+
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vit_jax_ext as vx
+from vit_jax_ext.analysis import cost
+from vit_jax_ext.models import boat, registry
+
+SMALL = {
+  "boat_swin_tiny": dict(embed_dim=8, depths=(2, 2, 2, 2), num_heads=(1, 2, 2, 2)),
+  "boat_cswin_tiny": dict(embed_dim=8, depth=(1, 1, 1, 1), num_heads=(2, 2, 2, 2)),
+}
+# Two stages of 8x8 and 4x4 tokens, in clusters of 4.
+TINY = {
+  "boat_swin_tiny": dict(embed_dim=8, depths=(2, 2), num_heads=(2, 2), window_size=4),
+  "boat_cswin_tiny": dict(embed_dim=8, depth=(2, 2), num_heads=(2, 2), split_size=(2, 2)),
+}
+TINY = {name: dict(image_size=32, num_classes=5, cluster_size=4, overlap=2) | kw for name, kw in TINY.items()}
+BOTH = pytest.mark.parametrize("name", SMALL)
+
+
+@jax.jit
+def forward(model, x):
+  return model(x)
+
+
+def images(batch, height=32, width=32):
+  return jax.random.normal(jax.random.key(1), (batch, height, width, 3))
+
+
+@BOTH
+def test_logits_are_the_released_codes(name, check_golden):
+  check_golden(name)
+
+
+@pytest.mark.parametrize(
+  "name", [f"boat_{base}_{size}" for base in ("swin", "cswin") for size in ("tiny", "small", "base")]
+)
+def test_cost_is_the_published(name):
+  params, multiply_adds = cost.model_cost(name)
+  variant = registry.get_variant(name)
+  assert params == variant.params
+  assert multiply_adds / 1e9 == pytest.approx(variant.multiply_adds, rel=0.02)
+
+
+def test_nothing_is_computed_twice():
+  ours = cost.model_cost("boat_swin_tiny")[1] / cost.model_cost("swin_tiny")[1]
+  assert ours == pytest.approx(5.2 / 4.5, rel=0.05)
+
+
+def normalise(x):
+  return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def transcription(features, levels, iterations=2):
+  """Balanced hierarchical clustering of (tokens, features), one group after another: the order of the tokens."""
+  groups = [np.arange(len(features))]
+  for _ in range(levels):
+    halves = []
+    for group in groups:
+      x, middle = features[group], len(group) // 2
+      centroids = normalise(np.stack([x[:middle].mean(0), x[middle:].mean(0)]))
+      for _ in range(iterations):
+        weights = np.exp(100 * normalise(x) @ centroids.T)
+        weights /= weights.sum(1, keepdims=True)
+        centroids = normalise(weights.T @ x)
+      s = normalise(x) @ centroids.T
+      ordered = group[np.argsort((s[:, 0] + 1) / (s[:, 1] + 1), kind="stable")]
+      halves += [ordered[:middle], ordered[middle:]]
+    groups = halves
+  return np.concatenate(groups)
+
+
+@pytest.mark.parametrize(("tokens", "levels", "iterations"), [(784, 4, 2), (140, 1, 2), (64, 6, 1), (96, 5, 0)])
+def test_clustering_is_the_papers(tokens, levels, iterations):
+  features = np.random.default_rng(tokens).standard_normal((2, 3, tokens, 16))
+  with jax.enable_x64(True):
+    order, clusters = jax.jit(boat.balanced_clusters, static_argnums=(1, 2))(features, levels, iterations)
+  for index in np.ndindex(2, 3):
+    expected = transcription(features[index], levels, iterations)
+    np.testing.assert_array_equal(order[index], expected)
+    np.testing.assert_array_equal(clusters[index][expected], np.arange(tokens) // (tokens >> levels))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@settings(max_examples=50, deadline=None)
+@given(
+  data=hnp.arrays(
+    np.float32,
+    (2, 24, 3),
+    elements=st.sampled_from([0, 1, -1, 1e-30, 1e30]) | st.floats(-9, 9, width=32),
+    fill=st.just(0),
+  )
+)
+def test_clustering_is_a_permutation(dtype, data):
+  order, clusters = boat.balanced_clusters(jnp.asarray(data, dtype), 3)
+  np.testing.assert_array_equal(np.sort(order, -1), np.broadcast_to(np.arange(24), (2, 24)))
+  np.testing.assert_array_equal([np.bincount(c, minlength=8) for c in clusters], 3)
+
+
+def test_clustering_costs_the_same_for_each_token():
+  costs = [
+    cost.multiply_adds(lambda x: boat.balanced_clusters(x, 4), jax.ShapeDtypeStruct((n, 32), jnp.float32))
+    for n in (256, 512, 1024)
+  ]
+  assert costs[1] / costs[0] == pytest.approx(2, rel=0.01)
+  assert costs[2] / costs[1] == pytest.approx(2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+  ("height", "width", "sizes"),
+  [(224, 224, [49] * 4), (256, 256, [64] * 4), (384, 384, [72] * 4), (320, 448, [70] * 4), (480, 480, [225] * 4)],
+)
+def test_cluster_size_follows_from_the_tokens(height, width, sizes):
+  tokens = [height * width // stride**2 for stride in (4, 8, 16, 32)]
+  assert [n >> boat.cluster_levels(n) for n in tokens] == sizes
+
+
+def attention(clustering="balanced", overlap=2, grid=(4, 6)):
+  options = boat.BilateralOptions("both", clustering, overlap, 2, 3)
+  kw = dict(dtype=jnp.float64, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+  module = boat.FeatureAttention(8, 2, grid, 0.5, options, **kw)
+  # A kernel of one number in the middle: the position term is the value of the token itself.
+  module.get_v.kernel[...] = jnp.zeros((3, 3, 1, 8)).at[1, 1].set(1.0)
+  return module
+
+
+def expected_attention(module, x, groups):
+  """FSLA from its definition; `groups` gives for each head pairs (queries, keys) of token indices."""
+  q, k, v = (np.asarray(part).reshape(-1, 2, 4) for part in np.split(np.asarray(module.qkv(x)), 3, axis=-1))
+  y = v.copy()
+  for head in range(2):
+    for queries, keys in groups[head]:
+      logits = 0.5 * q[queries, head] @ k[keys, head].T
+      weights = np.exp(logits - logits.max(1, keepdims=True))
+      y[queries, head] += weights / weights.sum(1, keepdims=True) @ v[keys, head]
+  return module.proj(y.reshape(len(x), 8))
+
+
+@pytest.mark.parametrize("overlap", [0, 2, 99])
+def test_feature_attention_is_its_definition(overlap):
+  with jax.enable_x64(True):
+    module = attention(overlap=overlap)
+    x = jax.random.normal(jax.random.key(0), (1, 24, 8), jnp.float64)
+    y, clusters = module(x)
+    q = np.asarray(module.qkv(x))[0, :, :8].reshape(24, 2, 4)
+    lent, groups = min(overlap, 3), []
+    for head in range(2):
+      order = transcription(q[:, head], 3).reshape(4, 2, 3)
+      groups.append([])
+      for cluster, (first, second) in enumerate(order):
+        np.testing.assert_array_equal(clusters[0, head][first], 2 * cluster)
+        groups[head].append((first, np.concatenate([first, second[:lent]])))
+        groups[head].append((second, np.concatenate([second, first[3 - lent :]])))
+    np.testing.assert_allclose(y[0], expected_attention(module, x[0], groups), rtol=0, atol=1e-12)
+
+
+def test_kmeans_attention_is_its_definition():
+  with jax.enable_x64(True):
+    module = attention("kmeans")
+    x = jax.random.normal(jax.random.key(0), (1, 24, 8), jnp.float64)
+    y, clusters = module(x)
+    members = [[np.flatnonzero(clusters[0, head] == c) for c in range(8)] for head in range(2)]
+    assert len({len(m) for m in members[0]}) > 1
+    groups = [[(m, m) for m in of_head if len(m)] for of_head in members]
+    np.testing.assert_allclose(y[0], expected_attention(module, x[0], groups), rtol=0, atol=1e-12)
+    grads = jax.grad(lambda x: (module(x)[0] ** 2).sum())(x)
+  assert np.isfinite(grads).all()
+
+
+@BOTH
+def test_output_does_not_depend_on_the_batch(name):
+  model = vx.create_model(name, rngs=nnx.Rngs(0), **TINY[name])
+  together, _ = forward(model, images(3))
+  for i in range(3):
+    alone, _ = forward(model, images(3)[i : i + 1])
+    np.testing.assert_allclose(alone[0], together[i], rtol=1e-4, atol=1e-6)
+  others, _ = forward(model, images(3).at[1:].set(0))
+  np.testing.assert_array_equal(others[0], together[0])
+
+
+@BOTH
+def test_intermediates(name):
+  model = vx.create_model(name, rngs=nnx.Rngs(0), **TINY[name])
+  _, out = forward(model, images(1))
+  clusters = {key: value for key, value in out.items() if key.endswith("clusters")}
+  key = "layers.0.blocks.1.attnC.clusters" if name == "boat_swin_tiny" else "stage1.0.content_attn.clusters"
+  assert list(clusters) == ([key] if name == "boat_swin_tiny" else [key, "stage2.0.content_attn.clusters"])
+  assert jnp.issubdtype(clusters[key].dtype, jnp.integer)
+  np.testing.assert_array_equal([np.bincount(c) for c in clusters[key][0]], np.full((2, 16), 4))
+  assert out["stages.0"].shape == (1, 8, 8, 8)
+
+
+@BOTH
+@pytest.mark.parametrize("mode", ["image", "feature", "both"])
+def test_ablations_of_local_attention(name, mode):
+  model = nnx.eval_shape(lambda: vx.create_model(name, rngs=nnx.Rngs(0), **TINY[name], local_attention=mode))
+  _, out = jax.eval_shape(lambda model, x: model(x), model, images(2))
+  count = sum(key.endswith("clusters") for key in out)
+  assert count == {"image": 0, "feature": 4, "both": 1 if name == "boat_swin_tiny" else 2}[mode]
+  if mode == "image":
+    options = {key: value for key, value in TINY[name].items() if key not in ("cluster_size", "overlap")}
+    plain = nnx.eval_shape(lambda: vx.create_model(name.removeprefix("boat_"), rngs=nnx.Rngs(0), **options))
+    assert cost.count_params(model) == cost.count_params(plain)
+
+
+@BOTH
+@pytest.mark.parametrize(
+  "image_size", [224, pytest.param(384, marks=pytest.mark.slow), pytest.param((320, 448), marks=pytest.mark.slow)]
+)
+def test_bfloat16_is_finite(name, image_size):
+  options = SMALL[name] | dict(image_size=image_size, dtype="bfloat16", drop_path_rate=0.5)
+  graphdef, params = nnx.split(vx.create_model(name, rngs=nnx.Rngs(0), **options))
+  height, width = nnx.merge(graphdef, params).image_size
+
+  def loss(params):
+    logits, _ = nnx.merge(graphdef, params)(images(1, height, width), train=True, rngs=nnx.Rngs(0))
+    return (logits.astype(jnp.float32) ** 2).sum(), logits
+
+  grads, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+  assert logits.dtype == jnp.bfloat16
+  assert jnp.isfinite(logits).all()
+  assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_refuses_what_does_not_fit():
+  for option, value in dict(local_attention="all", clustering="spectral", overlap=-1, cluster_size=0).items():
+    with pytest.raises(vx.UserError, match=option):
+      vx.create_model("boat_swin_tiny", rngs=nnx.Rngs(0), **{option: value})
+  with pytest.raises(vx.UserError, match="nearest sizes are 224 and 256"):
+    vx.create_model("boat_cswin_tiny", rngs=nnx.Rngs(0), image_size=225)
