@@ -7,8 +7,9 @@ A bilateral block adds feature-space local attention (FSLA) between the image-sp
 and the MLP. FSLA groups the tokens of an image, for each head, into clusters of equal size by their queries, and each
 token attends within its cluster.
 
-Differences from the released code, none of which changes its outputs at 224 pixels: any image size; a single cluster
-has no sibling and so no overlap, where the released CSWin pairs neighbouring images of the batch.
+Two differences from the released code, which works at 224 pixels only: any image size that divides; and a single
+cluster has no sibling, so no overlap, where the released CSWin variant borrows keys from the neighbouring image of the
+batch in its last stage. An image's output never depends on the rest of its batch here.
 """
 
 import dataclasses
