@@ -188,7 +188,7 @@ class CSWin(nnx.Module):
     """Classifies normalised images (B, H, W, 3).
 
     Returns:
-      logits (B, num_classes); without a head the pooled features (B, C).
+      logits (B, num_classes), at least float32; without a head the pooled features (B, C).
       out: `stages.{i}` (B, H / s, W / s, C_i) after the blocks of stage i, strides s = 4, 8, 16, 32;
         `pre_logits` (B, C) the mean of the normalised tokens; the blocks' own, under `stage{i + 1}.{j}`.
 
@@ -207,4 +207,6 @@ class CSWin(nnx.Module):
         out |= {f"stage{i + 1}.{j}.{name}": value for name, value in inner.items()}
       out[f"stages.{i}"] = x.reshape(x.shape[0], *grid, -1)
     out["pre_logits"] = x = self.norm(x).mean(axis=1)
-    return x if self.head is None else self.head(x), out
+    if self.head is not None:
+      x = self.head(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)), out

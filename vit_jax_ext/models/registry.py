@@ -198,6 +198,38 @@ def _float_dtype(argument: str, value: Any) -> jnp.dtype:
   return dtype
 
 
+def _options(model: type[nnx.Module]) -> set[str]:
+  """Returns the keyword arguments of a model's class, and of the bases that it passes the rest on to."""
+  options = set()
+  for cls in model.__mro__:
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    if any(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters):
+      break  # a base that is built from parts, not from options
+    options |= {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+  return options
+
+
+class _ParamKeys:
+  """The keys that `rngs.params()` would give, one after another, counted in Python.
+
+  Flax's own counter is a variable, and setting one while tracing searches all that was traced so far: under eval_shape
+  or jit the creation of a deep model would take quadratic time, seconds instead of tenths.
+  """
+
+  def __init__(self, rngs: nnx.Rngs):
+    self._stream = rngs["params"]
+    self._key, self._first, self._drawn = self._stream.key[...], self._stream.count[...], 0
+
+  def params(self) -> jax.Array:
+    key = jax.random.fold_in(self._key, self._first + self._drawn)
+    self._drawn += 1
+    return key
+
+  def advance_stream(self) -> None:
+    """Leaves the caller's `rngs` as if it had drawn the keys itself."""
+    self._stream.count[...] += self._drawn
+
+
 def create_model(
   name: str,
   *,
@@ -226,26 +258,24 @@ def create_model(
     UserError: unknown name or keyword, or values that do not fit together.
   """
   variant = get_variant(name)
-  known = {
-    parameter.name
-    for cls in variant.model.__mro__
-    for parameter in inspect.signature(cls.__init__).parameters.values()
-    if parameter.kind is parameter.KEYWORD_ONLY
-  }
+  known = _options(variant.model)
   for key in overrides:
     if key not in known:
       raise UserError(f"{name} has no option {key!r}; it has {', '.join(sorted(known))}")
   if num_classes < 0:
     raise UserError(f"num_classes {num_classes} is negative; give 0 for pooled features or the number of classes")
   size = variant.image_size if image_size is None else image_size
-  return variant.model(
+  keys = _ParamKeys(rngs)
+  model = variant.model(
     **(variant.kwargs | overrides),
     num_classes=num_classes,
     image_size=(size, size) if isinstance(size, int) else tuple(size),
     dtype=_float_dtype("dtype", dtype),
     param_dtype=_float_dtype("param_dtype", param_dtype),
-    rngs=rngs,
+    rngs=keys,
   )
+  keys.advance_stream()
+  return model
 
 
 def abstract_model(spec: Mapping[str, Any], num_classes: int) -> nnx.Module:

@@ -246,7 +246,7 @@ class Swin(nnx.Module):
     """Classifies normalised images (B, H, W, 3).
 
     Returns:
-      logits (B, num_classes); without a head the pooled features (B, C).
+      logits (B, num_classes), at least float32; without a head the pooled features (B, C).
       out: `stages.{i}` (B, H / s, W / s, C_i) after the blocks of stage i, strides s = 4, 8, 16, 32;
         `pre_logits` (B, C) the mean of the normalised tokens; the blocks' own, under `layers.{i}.blocks.{j}`.
 
@@ -265,4 +265,6 @@ class Swin(nnx.Module):
       if stage.downsample is not None:
         x = stage.downsample(x)
     out["pre_logits"] = x = self.norm(x).mean(axis=1)
-    return x if self.head is None else self.head(x), out
+    if self.head is not None:
+      x = self.head(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)), out
