@@ -31,7 +31,12 @@ def random_model():
   def create(name, **kw):
     model = nnx.eval_shape(lambda: vx.create_model(name, rngs=nnx.Rngs(0), **kw))
     rng = np.random.default_rng(0)
-    state = jax.tree.map(lambda p: jnp.asarray(rng.normal(0, 0.3, p.shape), p.dtype), nnx.state(model, nnx.Param))
+
+    def weight(p):
+      spread = 0.3 if p.ndim == 1 else np.prod(p.shape[:-1]) ** -0.5
+      return jnp.asarray(rng.normal(0, spread, p.shape), p.dtype)
+
+    state = jax.tree.map(weight, nnx.state(model, nnx.Param))
     nnx.update(model, state)
     return model
 

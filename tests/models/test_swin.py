@@ -26,12 +26,11 @@ def test_logits_are_the_authors(check_golden):
   check_golden("swin_tiny")
 
 
-@pytest.mark.parametrize("name", ["swin_tiny", "swin_small", "swin_base"])
-def test_cost_is_the_published(name):
-  params, multiply_adds = cost.model_cost(name)
-  variant = registry.get_variant(name)
-  assert params == variant.params
-  assert multiply_adds / 1e9 == pytest.approx(variant.multiply_adds, rel=0.02)
+@pytest.mark.parametrize(
+  "name", ["swin_tiny", *(pytest.param(f"swin_{size}", marks=pytest.mark.slow) for size in ("small", "base"))]
+)
+def test_multiply_adds_are_the_published(name):
+  assert cost.model_cost(name)[1] / 1e9 == pytest.approx(registry.get_variant(name).multiply_adds, rel=0.02)
 
 
 @pytest.mark.parametrize(("side", "window"), [(56, 7), (28, 7), (14, 7), (7, 7), (64, 8), (80, 8), (96, 8), (10, 5)])
@@ -75,8 +74,8 @@ def test_relative_positions_are_told_apart():
   assert sorted(value for values in offsets.values() for value in values) == list(range(15))
 
 
-def test_features_of_every_stage_and_rectangular_images():
-  model = vx.create_model("swin_tiny", rngs=nnx.Rngs(0), **SMALL | {"image_size": (32, 48), "num_classes": 0})
+def test_features_of_every_stage_and_rectangular_images(random_model):
+  model = random_model("swin_tiny", **SMALL | {"image_size": (32, 48), "num_classes": 0})
   features, out = forward(model, images(3, 32, 48))
   assert model.image_size == (32, 48)
   assert out["stages.0"].shape == (3, 8, 12, 8)
@@ -85,14 +84,14 @@ def test_features_of_every_stage_and_rectangular_images():
   np.testing.assert_array_equal(features, out["pre_logits"])
 
 
-def test_remat_changes_no_gradient():
+def test_remat_changes_no_gradient(random_model):
   grads = []
   for remat in (False, True):
-    model = vx.create_model("swin_tiny", rngs=nnx.Rngs(0), **SMALL, drop_path_rate=0.5, remat=remat)
-    graphdef, params = nnx.split(model)
+    one_stage = dict(image_size=32, depths=(2,), num_heads=(2,), drop_path_rate=0.5, remat=remat)
+    graphdef, params = nnx.split(random_model("swin_tiny", **SMALL | one_stage))
 
     def loss(params, graphdef=graphdef):
-      logits, _ = nnx.merge(graphdef, params)(images(2, 64, 64), train=True, rngs=nnx.Rngs(3))
+      logits, _ = nnx.merge(graphdef, params)(images(2, 32, 32), train=True, rngs=nnx.Rngs(3))
       return (logits**2).sum()
 
     grads.append(jax.jit(jax.grad(loss))(params))
