@@ -2,11 +2,15 @@
 
 Run: python main.py --config=configs/digits.py:FAMILY --workdir=DIR
 Hardware: 2 CPU cores, about a minute. Expected test top-1: at least 97%.
-FAMILY: crossvit, vit, deepvit.
+FAMILY: crossvit, vit, deepvit, swin, cswin, boat_swin, boat_cswin.
 """
 
 from configs import common
 
+# Two stages of 8x8 and 4x4 tokens; BOAT in 8 clusters of 8 tokens, then (on CSWin, every stage) in 2.
+SWIN = dict(image_size=32, embed_dim=48, depths=(2, 2), num_heads=(3, 6), window_size=4, mlp_ratio=2)
+CSWIN = dict(image_size=32, embed_dim=48, depth=(2, 2), num_heads=(4, 8), split_size=(2, 4), mlp_ratio=2)
+CLUSTERS = dict(cluster_size=8, overlap=3)
 MODELS = {
   "crossvit": (
     "crossvit_tiny_224",
@@ -14,6 +18,10 @@ MODELS = {
   ),
   "vit": ("vit_16b", dict(patch_size=4, embed_dim=48, num_heads=4, depth=6, mlp_ratio=2)),
   "deepvit": ("deepvit_16b", dict(patch_size=4, embed_dim=48, num_heads=4, depth=6, mlp_ratio=2)),
+  "swin": ("swin_tiny", SWIN),
+  "cswin": ("cswin_tiny", CSWIN),
+  "boat_swin": ("boat_swin_tiny", SWIN | CLUSTERS),
+  "boat_cswin": ("boat_cswin_tiny", CSWIN | CLUSTERS),
 }
 
 
@@ -27,7 +35,7 @@ def get_config(family: str = "crossvit"):
     raise ValueError(f"choose one of {', '.join(MODELS)}")
   config = common.base_config()
   config.model.name, overrides = MODELS[family]
-  config.model.overrides.update(image_size=24, **overrides)
+  config.model.overrides.update({"image_size": 24} | overrides)
 
   config.dataset.name = "digits"
   config.dataset.eval_split = "test"
