@@ -17,6 +17,7 @@ setup(
     "flax>=0.12.8,<0.13",
     "importlib_resources>=7.1",  # tensorflow-datasets imports it without saying so
     "jax>=0.10.2,<0.11",
+    "matplotlib>=3.11,<4",
     "ml-collections>=1.1,<2",
     "numpy>=2.4,<3",
     "optax>=0.2.8,<0.3",
