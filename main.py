@@ -50,8 +50,12 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   thresholds = argparse.ArgumentParser(add_help=False)
   thresholds.add_argument("--threshold", type=float, default=0.8, help="similarity of similar blocks (default: 0.8)")
   thresholds.add_argument("--head-threshold", type=float, default=0.5, help="of similar heads (default: 0.5)")
-  add("analyze", "measure and draw how alike the attention maps of blocks and heads are", runs, with_config, thresholds,
-      with_output)  # fmt: skip
+  analyze = add("analyze", "measure and draw how alike the attention maps of blocks and heads are; or BOAT's clusters",
+                runs, with_config, thresholds, with_output)  # fmt: skip
+  analyze.add_argument("--clusters", metavar="IMAGE", help="draw this image's patches by their cluster in a BOAT model")
+  analyze.add_argument("--model", metavar="NAME", help="for --clusters, with random weights (default: boat_swin_tiny)")
+  analyze.add_argument("--block", metavar="NAME", help="for --clusters, e.g. layers.0.blocks.1 (default: the first)")
+  analyze.add_argument("--heads", metavar="I,...", help="for --clusters, e.g. 0,1,2 (default: the first three)")
   add("study", "train the runs that a config lists, e.g. configs/digits_depth.py, and analyze them together", common,
       with_config, thresholds, with_output)  # fmt: skip
 
@@ -74,6 +78,12 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
   from vit_jax_ext import config as configs
 
   spec = args.config or DEFAULT_CONFIG
+  if args.command == "analyze" and args.clusters:
+    from vit_jax_ext.analysis import clusters
+
+    clusters.analyze(args.clusters, args.workdir, args.config, args.model, overrides,
+                     block=args.block, heads=args.heads, output=args.output)  # fmt: skip
+    return
   if args.command in ("analyze", "study"):
     from vit_jax_ext.analysis import report
 
