@@ -20,7 +20,13 @@ def get_config(argument: str = "deepvit,24"):
   if family not in ("vit", "deepvit") or not depth.isdecimal() or int(depth) < 1:
     raise ValueError("give FAMILY,DEPTH with the family vit or deepvit, for example deepvit,24")
   config = digits.get_config(family)
-  config.model.overrides.update(depth=int(depth), patch_size=6, embed_dim=32, num_heads=4, mlp_ratio=2)
-  config.batch_size = 64
-  config.total_steps = 400
+  config.model.overrides.update(
+    depth=int(depth), patch_size=6, embed_dim=32, num_heads=4, mlp_ratio=2, drop_path_rate=0.0
+  )
+  config.dataset.shift = config.dataset.scale = 0.0
+  config.batch_size = 32
+  config.total_steps = 600
+  config.optimizer.learning_rate = 2e-3
+  config.ema_decay = 0.0
+  config.eval_every_steps = 600
   return config
