@@ -19,7 +19,7 @@ STUDY = ("vit,2", "deepvit,3")
 
 def get_config(argument):
   config = digits_depth.get_config(argument)
-  config.model.overrides.update(image_size=8, embed_dim=8, num_heads=2)
+  config.model.overrides.update(image_size=8, patch_size=4, embed_dim=8, num_heads=2)
   config.batch_size, config.total_steps, config.optimizer.warmup_steps = 64, 2, 0
   return config
 """

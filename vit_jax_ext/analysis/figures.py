@@ -17,7 +17,7 @@ def _name(summary: Summary) -> str:
 
 def similarity_against_depth(summary: Summary) -> Figure:
   """Figure 3a: how alike block p and its k-th neighbour are, over p: share above the threshold, and the mean."""
-  figure = Figure(figsize=(10, 4), layout="constrained")
+  figure = Figure(figsize=(11, 4), layout="constrained")
   left, right = figure.subplots(1, 2, sharex=True)
   for k, ratios in summary["ratio"].items():
     left.plot(range(1, len(ratios) + 1), ratios, marker="o", markersize=3)
@@ -30,7 +30,7 @@ def similarity_against_depth(summary: Summary) -> Figure:
   left.yaxis.set_major_formatter(PercentFormatter(1))
   lowest = min(0, *(min(means) for means in summary["similarity"].values())) if summary["similarity"] else 0
   right.set(title="Mean similarity", xlabel="block p", ylabel="cosine similarity", ylim=(lowest - 0.02, 1.02))
-  right.legend(title="block p compared with")
+  figure.legend(title="block p compared with", loc="outside right upper")
   figure.suptitle(
     f"Attention maps of {_name(summary)}: {summary['similar_blocks']} are similar to the next one "
     f"(mean ≥ {summary['threshold']})"
@@ -40,7 +40,7 @@ def similarity_against_depth(summary: Summary) -> Figure:
 
 def similar_blocks_against_depth(summaries: Sequence[Summary]) -> Figure:
   """Figure 3b: share of similar blocks over the number of blocks, a line per class of model."""
-  figure = Figure(figsize=(6, 4), layout="constrained")
+  figure = Figure(figsize=(7.5, 4), layout="constrained")
   axes = figure.subplots()
   for model in dict.fromkeys(summary["model"] for summary in summaries):
     points = sorted((s["blocks"], s["similar_blocks"] / s["blocks"]) for s in summaries if s["model"] == model)
@@ -50,7 +50,7 @@ def similar_blocks_against_depth(summaries: Sequence[Summary]) -> Figure:
            xlabel="blocks of the model", ylabel="share of similar blocks", ylim=(-0.02, 1.02),
            xticks=sorted({s["blocks"] for s in summaries}))  # fmt: skip
   axes.yaxis.set_major_formatter(PercentFormatter(1))
-  axes.legend()
+  figure.legend(loc="outside right upper")
   return figure
 
 
