@@ -23,7 +23,6 @@ import pytest
 
 from configs import digits
 
-jax.config.update("jax_numpy_rank_promotion", "allow")
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROOT = GOLDEN.parent.parent
 

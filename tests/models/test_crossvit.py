@@ -127,8 +127,8 @@ def test_bfloat16_parameters():
   assert all(g.dtype == jnp.bfloat16 and bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
 
 
-def test_remat_changes_memory_alone():
-  """The same gradients, dropout included, from less memory."""
+def test_remat_keeps_the_gradients():
+  """Dropout included: the second pass draws what the first one drew."""
   kw = dict(drop_path_rate=0.5, attn_drop_rate=0.2)
   x, key = images(4, 24, 24, 3), jax.random.key(0)
   plain, remat = (loss_and_grad(tiny(remat=remat, **kw), x, key) for remat in (False, True))
