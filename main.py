@@ -8,6 +8,7 @@ DEFAULT_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "confi
 EPILOG = """
 Any value of the config is set with --config.KEY=VALUE, for example
   python main.py --config=configs/digits.py:crossvit --workdir=/tmp/run --config.batch_size=64
+evaluate, predict and analyze take a run's weights from --workdir, others from --config.pretrained=FILE.
 No command means train, no --config means configs/digits.py, no --workdir a fixed folder under ~/.cache/vit_jax_ext.
 Exit status: 0 done, 2 your input is wrong (one line says what), 1 anything else.
 """
@@ -38,9 +39,22 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )  # fmt: skip
 
   add("train", "train a model, or continue where an earlier run in the workdir stopped", common, with_config)
-  add("evaluate", "measure a run's best checkpoint on its evaluation split", common, with_config, with_output)
+  add(
+    "evaluate",
+    "measure a run's best checkpoint, or pretrained weights, on an evaluation split",
+    common,
+    with_config,
+    with_output,
+  )
   predict = add("predict", "name the five likeliest classes of image files", common, with_config, with_output)
   predict.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG or PNG file")
+  convert = add("convert", "write a run's weights, or others in any known format, under the authors' names", common)
+  convert.add_argument(
+    "source", metavar="SOURCE", nargs="?", help="file, or True for the published weights (default: workdir)"
+  )
+  convert.add_argument("target", metavar="FILE", help="new file, .safetensors or .pth")
+  convert.add_argument("--model", metavar="NAME", help="whose weights they are (default: the run's)")
+  convert.add_argument("--num-classes", metavar="N", type=int, help="another number of classes: a new classifier")
   compare = add("compare", "print parameters and multiply-adds beside the published figures", with_output)
   compare.add_argument("--models", metavar="NAME,...", help="models to compare (default: all)")
   compare.add_argument("--fusion", action="store_true", help="CrossViT-S under the five fusions of the paper's Table 6")
@@ -76,8 +90,12 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     return
 
   from vit_jax_ext import config as configs
+  from vit_jax_ext.errors import UserError
 
-  spec = args.config or DEFAULT_CONFIG
+  spec = getattr(args, "config", None) or DEFAULT_CONFIG
+  pretrained = any(override.startswith("pretrained=") for override in overrides)
+  if pretrained and args.command in ("evaluate", "predict", "analyze") and args.workdir:
+    raise UserError(f"--workdir={args.workdir} and --config.pretrained both name weights; give one of them")
   if args.command == "analyze" and args.clusters:
     from vit_jax_ext.analysis import clusters
 
@@ -91,25 +109,39 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.command == "study":
       report.study(spec, args.workdir or configs.default_workdir(spec), overrides, args.output, **options)
       return
-    workdirs = args.workdir or [configs.default_workdir(spec)]
-    runs = {workdir: configs.read_workdir_config(workdir) for workdir in workdirs}
+    if pretrained:
+      runs = {None: configs.load_config(spec)}
+    else:
+      workdirs = args.workdir or [configs.default_workdir(spec)]
+      runs = {workdir: configs.read_workdir_config(workdir) for workdir in workdirs}
     for config in runs.values():
       configs.override(config, overrides)
     report.analyze(runs, args.output, **options)
     return
 
+  if args.command == "convert":
+    from vit_jax_ext import convert
+
+    convert.convert(
+      args.source or args.workdir or configs.default_workdir(spec), args.target, args.model, args.num_classes, overrides
+    )
+    return
+
   workdir = args.workdir or configs.default_workdir(spec)
-  config = configs.load_config(spec) if args.command == "train" else configs.read_workdir_config(workdir)
+  from_file = args.command == "train" or pretrained
+  config = configs.load_config(spec) if from_file else configs.read_workdir_config(workdir)
   configs.override(config, overrides)
+  if args.command != "train" and pretrained:
+    workdir = None
 
   if args.command == "train":
     from vit_jax_ext.training.train import train
 
     train(config, workdir)
   elif args.command == "evaluate":
-    from vit_jax_ext.training.evaluate import evaluate_workdir
+    from vit_jax_ext.training.evaluate import evaluate_weights
 
-    evaluate_workdir(config, workdir, args.output)
+    evaluate_weights(config, workdir, args.output)
   else:
     from vit_jax_ext.training.predict import predict
 

@@ -14,6 +14,7 @@ setup(
   packages=find_packages(include=["vit_jax_ext*"]),
   install_requires=[
     "clu>=0.0.12,<0.1",
+    "etils[epath]>=1.15,<2",
     "flax>=0.12.8,<0.13",
     "importlib_resources>=7.1",  # tensorflow-datasets imports it without saying so
     "jax>=0.10.2,<0.11",
@@ -23,6 +24,8 @@ setup(
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "rich>=15,<16",
+    "requests>=2.34,<3",
+    "safetensors>=0.8,<0.9",
     "scikit-learn>=1.9,<2",  # carries the digits
     "tensorboard>=2.21,<3",  # clu imports it without saying so
     'tensorflow-cpu>=2.21,<2.22; platform_system == "Linux" and platform_machine == "x86_64"',
@@ -34,6 +37,7 @@ setup(
     "test": [
       "hypothesis>=6.170,<7",
       "pillow>=13,<14",
+      "psutil>=7.2,<8",
       "pytest>=9,<10",
       "pytest-xdist>=3.8,<4",
       "ruff>=0.17.5,<0.18",

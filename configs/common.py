@@ -15,6 +15,8 @@ def base_config() -> ConfigDict:
   config.model = ConfigDict()
   config.model.name = ""
   config.model.overrides = ConfigDict()  # keyword arguments of vit_jax_ext.create_model
+  # Where the weights come from: a file, a run's workdir, True for the published ones; None for random weights.
+  config.pretrained = config_dict.placeholder(object)
 
   config.dataset = ConfigDict()
   config.dataset.name = ""
@@ -34,6 +36,8 @@ def base_config() -> ConfigDict:
   config.optimizer.weight_decay = 0.05
   config.optimizer.clip_norm = config_dict.placeholder(float)
   config.optimizer.accumulation_steps = 1
+  config.optimizer.layer_decay = 1.0  # factor of the learning rate from each layer to the one before
+  config.linear_probe = False  # train the classifier alone
   config.label_smoothing = 0.1
   config.cosine_regularizer = ConfigDict()
   config.cosine_regularizer.weight = 0.0  # of the similarity of neighbouring blocks' attention maps (DeepViT-32b: 0.1)

@@ -2,6 +2,6 @@
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models.registry import create_model, list_models
-from vit_jax_ext.pretrained import LoadReport, load_pretrained
+from vit_jax_ext.pretrained import LoadReport, load_pretrained, save_pretrained
 
-__all__ = ["LoadReport", "UserError", "create_model", "list_models", "load_pretrained"]
+__all__ = ["LoadReport", "UserError", "create_model", "list_models", "load_pretrained", "save_pretrained"]

@@ -29,6 +29,19 @@ def log_to_console() -> None:
   absl_logging.set_verbosity(absl_logging.INFO)
 
 
+def transfer_bar() -> rich.progress.Progress:
+  """Returns a bar for bytes, with speed and time left; use as a context manager."""
+  return rich.progress.Progress(
+    rich.progress.TextColumn("{task.description}"),
+    rich.progress.BarColumn(),
+    rich.progress.DownloadColumn(),
+    rich.progress.TransferSpeedColumn(),
+    rich.progress.TimeRemainingColumn(compact=True),
+    console=CONSOLE,
+    disable=not CONSOLE.is_terminal,
+  )
+
+
 class Progress:
   """Step, loss, images/s and time left: a live bar on a terminal, plain lines in a log. Use as a context manager."""
 

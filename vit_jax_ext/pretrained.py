@@ -1,21 +1,33 @@
-"""Released weights into our models: names, layouts, strictness both ways."""
+"""Weights into our models and out again: the authors' names and layouts, strict both ways."""
 
 from collections.abc import Mapping
 import dataclasses
+import math
+import os
+import pathlib
+import re
+from typing import Any
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
+from vit_jax_ext import weight_files
 from vit_jax_ext.errors import UserError
+from vit_jax_ext.models import layers, registry, swin
+from vit_jax_ext.training import checkpoint
 
 # Our leaf names -> PyTorch's. All other parts of a path are the authors' own attribute names and indices.
 _TORCH_LEAF = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-# timm's CrossViT writes `pos_embed_0` where the authors write `pos_embed.0`.
-_TIMM_NAMES = {f"{name}_{b}": f"{name}.{b}" for name in ("pos_embed", "cls_token") for b in (0, 1)}
+# Entries that are no parameters; we compute them, or need none.
+_BUFFERS = ("attn_mask", "relative_position_index", "num_batches_tracked")
+_CLASSIFIER = re.compile(r"head\.([01]\.)?(weight|bias)")  # CrossViT has two
+_AT_MOST = 6  # names of each kind in an error message
 
-# Buffers that are no integers: Swin's mask of shifted windows.
-_FLOAT_BUFFERS = ("attn_mask",)
+
+Source = str | os.PathLike | Mapping[str, np.ndarray] | bool
 
 
 @dataclasses.dataclass
@@ -23,64 +35,242 @@ class LoadReport:
   """What happened to every name, in the authors' naming.
 
   Attributes:
+    source: what was read, and which entry of it.
     loaded: parameters filled as they are.
     resized: parameters filled after interpolation to another size.
-    reinitialized: parameters left at their initial values on purpose.
-    unused: entries of the source that are no parameters (masks, indices, counters).
+    reinitialized: parameters left at their initial values: the classifier, when the number of classes differs.
+    unused: entries of the source that are no parameters: masks, indices, counters; the classifier of a model without.
   """
 
+  source: str = "a mapping"
   loaded: list[str] = dataclasses.field(default_factory=list)
   resized: list[str] = dataclasses.field(default_factory=list)
   reinitialized: list[str] = dataclasses.field(default_factory=list)
   unused: list[str] = dataclasses.field(default_factory=list)
+
+  def __str__(self) -> str:
+    """Says it in one line; names what was not simply loaded, save for buffers."""
+    parts = [f"{len(self.loaded)} arrays loaded from {self.source}"]
+    for what in ("resized", "reinitialized"):
+      if names := getattr(self, what):
+        parts.append(f"{len(names)} {what}: {_some(names)}")
+    if self.unused:
+      parts.append(f"{len(self.unused)} not needed")
+    return "; ".join(parts)
+
+
+def load_pretrained(model: nnx.Module, source: Source, *, keep_classifier: bool = False) -> LoadReport:
+  """Fills `model` with pretrained weights, in its own param_dtype and where its arrays lie.
+
+  Position embeddings and relative-position tables of another size are interpolated bicubically, as torch does it
+  (a = -0.75); a classifier for another number of classes is left as it is.
+
+  Args:
+    model: any model of `create_model`, or one without arrays of `nnx.eval_shape`.
+    source: a file (.pth, .pt, .pth.tar, .safetensors, Google's .npz; also https://...), a run's workdir or one of its
+      checkpoints, either also in a bucket (gs://...); a mapping, the authors' state dict; or True for what was
+      published for this variant, downloaded once. A file does not tell the shape of its grid of patches: where their
+      number differs from the model's it is taken to be square.
+    keep_classifier: refuse weights for another number of classes.
+
+  Returns:
+    What was loaded and what was not.
+
+  Raises:
+    UserError: the source cannot be read; a parameter without an entry or an entry without a parameter; a wrong shape
+      or type; a value that is not finite. The model is then unchanged.
+  """
+  weights, where = read_source(source, model.variant)
+  report, filled = LoadReport(where), {}
+  missing, misfits = [], []
+  for path, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
+    name = _torch_name(path)
+    if name not in weights:
+      missing.append(name)
+      continue
+    array = _from_torch_layout(path, weights.pop(name))
+    outcome = report.loaded
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+      misfits.append(f"{name} is {array.dtype}")
+    elif not np.isfinite(array).all():
+      misfits.append(f"{name} has values that are not finite")
+    elif array.shape != variable.shape:
+      if _CLASSIFIER.fullmatch(name) and array.shape[:-1] == variable.shape[:-1] and not keep_classifier:
+        report.reinitialized.append(name)
+        continue
+      resized = _resize(model, path, array, variable.shape)
+      if resized is None:
+        misfits.append(f"{name} has shape {array.shape} instead of {variable.shape}")
+        continue
+      array, outcome = resized, report.resized
+    outcome.append(name)
+    filled[path] = (variable, array)
+  has_classifier = any(map(_CLASSIFIER.fullmatch, missing + report.loaded + report.reinitialized))
+  for name in weights:
+    if name.rpartition(".")[2] in _BUFFERS or (_CLASSIFIER.fullmatch(name) and not has_classifier):
+      report.unused.append(name)
+  unknown = [name for name in weights if name not in report.unused]
+  if missing or unknown or misfits:
+    raise UserError(_misfit(model, where, missing, unknown, misfits))
+  nnx.update(model, nnx.from_flat_state([(path, _place(*pair)) for path, pair in filled.items()]))
+  return report
+
+
+def read_source(source: Source, variant: str) -> tuple[dict[str, np.ndarray], str]:
+  """Returns weights under the authors' names and in their layouts, and what to call them.
+
+  Args:
+    source: see `load_pretrained`.
+    variant: a registered name, whose published weights True stands for.
+
+  Raises:
+    UserError: the source cannot be read, or nothing was published.
+  """
+  where = LoadReport.source
+  if source is True:
+    source = registry.get_variant(variant).url
+    if source is None:
+      raise UserError(f"no weights were published for {variant}; give a file or a run's workdir")
+  if isinstance(source, Mapping):
+    weights = source
+  elif not isinstance(source, (str, os.PathLike)):
+    raise UserError(f"pretrained weights {source!r} are neither a path nor True; give one of them")
+  elif (saved := checkpoint.read_weights(os.fspath(source))) is not None:
+    step, item, arrays = saved
+    where = f"{source}, step {step}, {item}"
+    weights = {_torch_name(path): _to_torch_layout(path, array) for path, array in arrays.items()}
+  else:
+    weights, where = weight_files.read_weights(os.fspath(source))
+  return _from_timm({name: np.asarray(array) for name, array in weights.items()}), where
+
+
+def _misfit(model: nnx.Module, where: str, missing: list[str], unknown: list[str], misfits: list[str]) -> str:
+  complaints = []
+  if missing:
+    complaints.append(f"{len(missing)} missing: {_some(missing)}")
+  if unknown:
+    complaints.append(f"{len(unknown)} that the model does not have: {_some(unknown)}")
+  if misfits:
+    complaints.append(f"{len(misfits)} that do not fit: {_some(misfits)}")
+  return f"weights from {where} are not those of this {model.variant}; {'; '.join(complaints)}"
+
+
+def _some(names: list[str]) -> str:
+  rest = len(names) - _AT_MOST
+  return ", ".join(names[:_AT_MOST]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _torch_name(path: tuple) -> str:
   return ".".join(str(part) for part in (*path[:-1], _TORCH_LEAF.get(path[-1], path[-1])))
 
 
+def _from_timm(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Brings timm's CrossViT (`pos_embed_0`) and its Swin since version 0.9 to the authors' names.
+
+  There a stage of Swin begins with the merging of patches; with the authors the stage before ends with it.
+  """
+  merging = {int(match[1]) for name in weights if (match := re.match(r"layers\.(\d+)\.downsample\.", name))}
+  shift = 1 if merging and 0 not in merging else 0
+
+  def rename(name: str) -> str:
+    name = re.sub(r"^(pos_embed|cls_token)_([01])$", r"\1.\2", name)
+    name = re.sub(r"^head\.fc\.", "head.", name)
+    return re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) - shift}.downsample", name)
+
+  return {rename(name): array for name, array in weights.items()}
+
+
 def _from_torch_layout(path: tuple, array: np.ndarray) -> np.ndarray:
   """Linear (out, in) -> (in, out); convolution (out, in, height, width) -> (height, width, in, out)."""
   if path[-1] != "kernel":
     return array
-  return array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0)
+  return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
 
 
-def load_pretrained(model: nnx.Module, source: Mapping[str, np.ndarray]) -> LoadReport:
-  """Fills `model` with the arrays of `source`, in the model's param_dtype.
+def _to_torch_layout(path: tuple, array: np.ndarray) -> np.ndarray:
+  """Inverse of `_from_torch_layout`."""
+  if path[-1] != "kernel":
+    return array
+  return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+
+
+def _place(variable: nnx.Variable, array: np.ndarray) -> nnx.Variable:
+  """Returns the array as the variable's new value, of its dtype and on its devices."""
+  array = array.astype(variable.dtype, copy=False)
+  # On CPU a contiguous array would be used where it lies, which may be in the file; JAX copies a transposed one.
+  array = array.copy() if array.flags.c_contiguous else array
+  return variable.replace(jax.device_put(array, getattr(variable.get_value(), "sharding", None)))
+
+
+def _resize(model: nnx.Module, path: tuple, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+  """Interpolates a position embedding (1, 1 + N, C) or a table ((2 h - 1)(2 w - 1), heads); None for anything else."""
+  if path[0] == "pos_embed" and array.ndim == 3 and array.shape[-1] == shape[-1]:
+    grid = model.grids[path[1]] if len(path) > 1 else model.grid
+    tokens = _resize_grid(array[0, 1:], grid)
+    return None if tokens is None else np.concatenate([array[:, :1], tokens[None]], axis=1)
+  if path[-1] == "relative_position_bias_table" and array.ndim == 2 and array.shape[-1] == shape[-1]:
+    window = _module(model, path[:-1]).window
+    return _resize_grid(array, (2 * window[0] - 1, 2 * window[1] - 1))
+  return None
+
+
+def _resize_grid(rows: np.ndarray, grid: tuple[int, int]) -> np.ndarray | None:
+  """Interpolates (side * side, C) to (prod(grid), C); None if the source is not square."""
+  side = math.isqrt(len(rows))
+  if side < 1 or side * side != len(rows):
+    return None
+  resized = layers.resize_bicubic(jnp.asarray(rows).reshape(side, side, -1), grid)
+  return np.asarray(resized).reshape(-1, rows.shape[-1])
+
+
+def _module(model: nnx.Module, path: tuple) -> Any:
+  for part in path:
+    model = model[part] if isinstance(part, int) else getattr(model, part)
+  return model
+
+
+def save_pretrained(model: nnx.Module, path: str | os.PathLike) -> None:
+  """Writes a model's weights under the authors' names and in their layouts, with the buffers that their code expects.
 
   Args:
     model: any model of `create_model`.
-    source: the authors' state dict, PyTorch names and layouts.
-
-  Returns:
-    What was loaded and what was not used.
+    path: a new file, .safetensors or .pth (which needs PyTorch).
 
   Raises:
-    UserError: a parameter without an entry, a floating-point entry without a parameter, a wrong shape, a value that is
-      not finite. The model is then unchanged.
+    UserError: the file exists, has another suffix, or cannot be written.
   """
-  arrays = {_TIMM_NAMES.get(key, key): np.asarray(value) for key, value in source.items()}
-  state = nnx.state(model, (nnx.Param, nnx.BatchStat))
-  targets = dict(nnx.to_flat_state(state))
-  report, filled, wrong = LoadReport(), {}, []
-  for path, variable in targets.items():
-    name = _torch_name(path)
-    if name not in arrays:
-      wrong.append(f"{name} is missing")
-      continue
-    array = _from_torch_layout(path, arrays.pop(name))
-    if array.shape != variable.shape:
-      wrong.append(f"{name} has shape {array.shape} instead of {variable.shape}")
-    elif not np.isfinite(array).all():
-      wrong.append(f"{name} has values that are not finite")
-    filled[path] = variable.replace(jnp.asarray(array, variable.dtype))
-    report.loaded.append(name)
-  for name, array in arrays.items():
-    if jnp.issubdtype(array.dtype, jnp.floating) and name.rpartition(".")[2] not in _FLOAT_BUFFERS:
-      wrong.append(f"{name} is no parameter of the model")
-    report.unused.append(name)
-  if wrong:
-    raise UserError(f"the weights do not fit the model: {'; '.join(wrong)}")
-  nnx.update(model, nnx.from_flat_state(filled))
-  return report
+  path = pathlib.Path(path)
+  if path.suffix not in (".safetensors", ".pth"):
+    raise UserError(f"weights cannot be written as {path.name}; name the file .safetensors or .pth")
+  if path.exists():
+    raise UserError(f"{path} exists and is not overwritten; choose another name")
+  arrays = {}
+  for where, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
+    array = _to_torch_layout(where, np.asarray(variable.get_value()))
+    arrays[_torch_name(where)] = np.ascontiguousarray(array)
+  arrays |= _buffers(model)
+  part = path.with_name(path.name + ".part")
+  try:
+    if path.suffix == ".safetensors":
+      safetensors.numpy.save_file(arrays, part)
+    else:
+      weight_files.save_torch(arrays, part)
+    part.rename(path)
+  except OSError as error:
+    part.unlink(missing_ok=True)
+    raise UserError(f"{path} cannot be written: {error.strerror or error}; choose another folder") from None
+
+
+def _buffers(model: nnx.Module) -> dict[str, np.ndarray]:
+  """Returns what the authors' state dicts hold besides parameters, so that their strict loading is content."""
+  buffers = {}
+  for path, module in nnx.iter_modules(model):
+    name = ".".join(map(str, path))
+    if isinstance(module, swin.WindowAttention):
+      buffers[f"{name}.relative_position_index"] = swin.relative_position_index(module.window).astype(np.int64)
+      if any(module.shift):
+        seam = swin.seam_mask(module.grid, module.window, module.shift)[:, 0]
+        buffers[f"{name.rpartition('.')[0]}.attn_mask"] = np.where(seam == 0, 0, -100).astype(np.float32)
+    elif isinstance(module, nnx.BatchNorm):
+      buffers[f"{name}.num_batches_tracked"] = np.zeros((), np.int64)
+  return buffers

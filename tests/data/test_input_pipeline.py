@@ -1,34 +1,41 @@
 """The embedded dataset and the batches made of it."""
 
 import collections
+import io
 
 import numpy as np
+import PIL.Image
 import pytest
 import scipy.ndimage
 import sklearn.datasets
 import tensorflow as tf
-import tensorflow_datasets as tfds
 
 import vit_jax_ext as vx
-from vit_jax_ext.data import input_pipeline, preprocess
+from vit_jax_ext.data import datasets, input_pipeline, preprocess
 
 
 @pytest.fixture(scope="module")
-def builder(data_dir):
-  return input_pipeline.load_builder("digits", data_dir)
+def dataset(data_dir):
+  return datasets.open_dataset("digits", data_dir)
 
 
-def train_batches(builder, count, **kw):
+def decoded(dataset, split):
+  """Yields a split's examples with the image as an array, by Pillow."""
+  for _, example in dataset.examples(split).as_numpy_iterator():
+    yield {"image": np.asarray(PIL.Image.open(io.BytesIO(example["image"])))[..., None], "label": example["label"]}
+
+
+def train_batches(dataset, count, **kw):
   options = (
     dict(batch_size=50, image_size=(8, 8), seed=0, first_step=0, shuffle_buffer=10_000, shift=0.0, scale=0.0) | kw
   )
   options["total_steps"] = options["first_step"] + count
-  batches = list(input_pipeline.train_batches(builder, "train", **options))
+  batches = list(input_pipeline.train_batches(dataset, "train", **options))
   assert len(batches) == count
   return batches
 
 
-def test_digits_is_scikit_learns_data_split_in_equal_shares(builder):
+def test_digits_is_scikit_learns_data_split_in_equal_shares(dataset):
   source = sklearn.datasets.load_digits()
   expected = collections.Counter(
     (np.round(image * 255 / 16).astype(np.uint8).tobytes(), int(label))
@@ -36,20 +43,18 @@ def test_digits_is_scikit_learns_data_split_in_equal_shares(builder):
   )
   found, shares = collections.Counter(), {}
   for split, size in (("train", 1437), ("test", 360)):
-    examples = list(tfds.as_numpy(builder.as_dataset(split=split)))
-    assert len(examples) == builder.info.splits[split].num_examples == size
+    examples = list(decoded(dataset, split))
+    assert len(examples) == dataset.num_examples(split) == size
     found.update((example["image"].tobytes(), int(example["label"])) for example in examples)
     shares[split] = np.bincount([example["label"] for example in examples]) / size
   assert found == expected
   np.testing.assert_allclose(shares["train"], shares["test"], atol=0.003)
 
 
-def test_an_epoch_holds_every_image_once(builder):
-  batches = train_batches(builder, 60)
+def test_an_epoch_holds_every_image_once(dataset):
+  batches = train_batches(dataset, 60)
   images = [image.tobytes() for batch in batches for image in batch["image"]]
-  everything = collections.Counter(
-    e["image"].repeat(3, -1).tobytes() for e in tfds.as_numpy(builder.as_dataset(split="train"))
-  )
+  everything = collections.Counter(e["image"].repeat(3, -1).tobytes() for e in decoded(dataset, "train"))
   for epoch in (0, 1):
     assert collections.Counter(images[epoch * 1437 : (epoch + 1) * 1437]) == everything
   assert images[:1437] != images[1437:2874]
@@ -58,28 +63,28 @@ def test_an_epoch_holds_every_image_once(builder):
 
 
 @pytest.mark.parametrize("first_step", [1, 28, 29, 70])
-def test_starting_late_continues_exactly(builder, first_step):
+def test_starting_late_continues_exactly(dataset, first_step):
   kw = dict(shift=0.1, scale=0.2, image_size=(16, 16))
-  whole = train_batches(builder, first_step + 3, **kw)[first_step:]
-  late = train_batches(builder, 3, first_step=first_step, **kw)
+  whole = train_batches(dataset, first_step + 3, **kw)[first_step:]
+  late = train_batches(dataset, 3, first_step=first_step, **kw)
   for a, b in zip(whole, late, strict=True):
     np.testing.assert_array_equal(a["image"], b["image"])
     np.testing.assert_array_equal(a["label"], b["label"])
 
 
-def test_seeds_change_order_and_augmentation(builder):
-  first, same, other = (train_batches(builder, 1, seed=seed, shift=0.2)[0]["image"] for seed in (0, 0, 1))
+def test_seeds_change_order_and_augmentation(dataset):
+  first, same, other = (train_batches(dataset, 1, seed=seed, shift=0.2)[0]["image"] for seed in (0, 0, 1))
   np.testing.assert_array_equal(first, same)
   assert not np.array_equal(first, other)
 
 
 @pytest.mark.parametrize("batch_size", [7, 360, 500])
-def test_evaluation_pads_and_masks(builder, batch_size):
-  batches = list(input_pipeline.eval_batches(builder, "test", batch_size=batch_size, image_size=(8, 8), crop=1.0))
+def test_evaluation_pads_and_masks(dataset, batch_size):
+  batches = list(input_pipeline.eval_batches(dataset, "test", batch_size=batch_size, image_size=(8, 8), crop=1.0))
   assert {batch["image"].shape for batch in batches} == {(batch_size, 8, 8, 3)}
   images = np.concatenate([batch["image"][batch["mask"]] for batch in batches])
   labels = np.concatenate([batch["label"][batch["mask"]] for batch in batches])
-  expected = list(tfds.as_numpy(builder.as_dataset(split="test")))
+  expected = list(decoded(dataset, "test"))
   np.testing.assert_array_equal(images, np.stack([e["image"] for e in expected]).repeat(3, axis=-1))
   np.testing.assert_array_equal(labels, [e["label"] for e in expected])
 
@@ -124,13 +129,13 @@ def test_evaluation_resize_equals_pillow():
 )  # fmt: skip
 def test_bad_datasets(name, words, data_dir):
   with pytest.raises(vx.UserError) as error:
-    input_pipeline.load_builder(name, data_dir)
+    datasets.open_dataset(name, data_dir)
   assert all(word in str(error.value) for word in words)
 
 
-def test_bad_split(builder):
+def test_bad_split(dataset):
   with pytest.raises(vx.UserError, match=r"validation.*test, train"):
-    input_pipeline.num_examples(builder, "validation")
+    dataset.num_examples("validation")
 
 
 def test_unreadable_images(tmp_path):

@@ -12,12 +12,13 @@ import numpy as np
 
 from vit_jax_ext import config as configs
 from vit_jax_ext.data import input_pipeline
+from vit_jax_ext.data.datasets import open_dataset
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import registry
 from vit_jax_ext.models.boat import Boat, FeatureAttention
 from vit_jax_ext.models.cswin import StripeAttention
 from vit_jax_ext.models.swin import WindowAttention
-from vit_jax_ext.training import checkpoint
+from vit_jax_ext.training.evaluate import load_weights
 from vit_jax_ext.training.train_step import normalize, split_model
 
 
@@ -60,7 +61,7 @@ def analyze(
     config = configs.load_config(spec)
   else:
     named = {"name": model or "boat_swin_tiny", "overrides": {}}
-    config = ml_collections.ConfigDict({"seed": 0, "model": named, "dataset": {"crop": 1.0}})
+    config = ml_collections.ConfigDict({"seed": 0, "model": named, "dataset": {"crop": 1.0}, "pretrained": None})
   configs.override(config, overrides)
   try:
     heads = [int(head) for head in heads.split(",")] if heads else None
@@ -83,7 +84,7 @@ def draw_clusters(
 
   Args:
     config: the experiment's: which model, how to crop the image.
-    workdir: the run's, whose best checkpoint is used; None for random weights.
+    workdir: the run's, whose best checkpoint is used; None for the weights of `config.pretrained`, or random ones.
     image: an image file.
     block: a block with feature-space attention, named as in `out`, e.g. "layers.0.blocks.1"; None for the first.
     heads: which of the block's; None for the first three.
@@ -101,8 +102,7 @@ def draw_clusters(
     raise UserError(f"model {config.model.name} has no clusters in feature space; choose one of {', '.join(boats)}")
   spec, num_classes = config.model, 0
   if workdir:
-    builder = input_pipeline.load_builder(config.dataset.name, config.dataset.data_dir)
-    num_classes = builder.info.features["label"].num_classes
+    num_classes = len(open_dataset(config.dataset.name, config.dataset.data_dir).class_names)
   model = registry.abstract_model(spec, num_classes)
   block, attention = _find(model, block)
   heads = range(min(3, attention.num_heads)) if heads is None else heads
@@ -111,17 +111,18 @@ def draw_clusters(
       raise UserError(f"head {head} does not exist; block {block} has heads 0 to {attention.num_heads - 1}")
   pixels = input_pipeline.read_image(image, model.image_size, config.dataset.crop or variant.crop)
 
-  if workdir:
+  trained = workdir or config.pretrained
+  if trained:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    step, weights = checkpoint.restore_weights(workdir, model, here, ema=False)
+    origin, _, weights = load_weights(config, workdir, model, here)
+    origin = os.path.basename(origin)
     graphdef, _, _ = split_model(model)
-    origin = f"trained, {os.path.basename(os.path.abspath(workdir))} step {step}"
   else:
     weights, origin = config.seed, "random weights"
 
   @jax.jit
   def assign(weights, images):
-    if workdir:
+    if trained:
       model = nnx.merge(graphdef, weights["params"], weights["stats"])
     else:  # made in here, where XLA leaves out what lies behind the block
       rngs = nnx.Rngs(jax.random.key(weights))

@@ -17,9 +17,9 @@ import rich.table
 from vit_jax_ext import config as configs
 from vit_jax_ext.analysis import figures, similarity
 from vit_jax_ext.data import input_pipeline
+from vit_jax_ext.data.datasets import open_dataset
 from vit_jax_ext.models import registry
-from vit_jax_ext.training import checkpoint
-from vit_jax_ext.training.evaluate import write_json
+from vit_jax_ext.training.evaluate import load_weights, write_json
 from vit_jax_ext.training.train import train
 from vit_jax_ext.training.train_step import normalize, split_model
 
@@ -27,14 +27,14 @@ BATCH_SIZE = 16  # the attention maps of all blocks are in memory for this many 
 
 
 def analyze(
-  runs: Mapping[str, ml_collections.ConfigDict], output: str | None, *, threshold: float, head_threshold: float
+  runs: Mapping[str | None, ml_collections.ConfigDict], output: str | None, *, threshold: float, head_threshold: float
 ) -> list[dict[str, Any]]:
   """Measures trained models on their evaluation splits; prints a table and writes similarity.json and figures.
 
   Args:
-    runs: workdir -> config. With several, each model gets a folder of its own in `output`, and there is a table.json
-      and a figure that compares them besides.
-    output: folder; None for `analysis` in the first workdir.
+    runs: workdir -> config; None instead of a workdir for the weights of `config.pretrained`. With several, each model
+      gets a folder of its own in `output`, and there is a table.json and a figure that compares them besides.
+    output: folder; None for `analysis` in the first workdir, or here.
     threshold, head_threshold: see `similarity.measure_similarity`.
 
   Returns:
@@ -43,15 +43,15 @@ def analyze(
   Raises:
     UserError: no checkpoint, a model without attention maps of one size, an impossible threshold.
   """
-  workdirs = {os.path.abspath(workdir): config for workdir, config in runs.items()}
-  output = output or os.path.join(next(iter(workdirs)), "analysis")
+  workdirs = {workdir and os.path.abspath(workdir): config for workdir, config in runs.items()}
+  output = output or os.path.join(next(iter(workdirs)) or "", "analysis")
   summaries = []
   for workdir, config in workdirs.items():
-    logging.info("measuring %s", workdir)
+    logging.info("measuring %s", workdir or config.pretrained)
     summary, maps = measure(config, workdir, threshold=threshold, head_threshold=head_threshold)
     summaries.append(summary)
-    folder = os.path.join(output, os.path.relpath(workdir, os.path.commonpath(workdirs)))
-    write_json(os.path.normpath(folder), "similarity.json", summary)
+    folder = output if len(runs) == 1 else os.path.join(output, os.path.relpath(workdir, os.path.commonpath(workdirs)))
+    write_json(folder, "similarity.json", summary)
     _write_figure(folder, "similarity_against_depth.png", figures.similarity_against_depth(summary))
     _write_figure(folder, "heads_of_last_block.png", figures.heads_of_last_block(summary))
     _write_figure(folder, "attention_maps.png", figures.attention_maps(summary, maps))
@@ -65,19 +65,19 @@ def analyze(
 
 
 def measure(
-  config: ml_collections.ConfigDict, workdir: str, *, threshold: float, head_threshold: float
+  config: ml_collections.ConfigDict, workdir: str | None, *, threshold: float, head_threshold: float
 ) -> tuple[dict[str, Any], np.ndarray]:
-  """Returns `similarity.measure_similarity` of a run's best checkpoint; its summary adds workdir, step and model."""
+  """Returns `similarity.measure_similarity`; its summary adds weights, step and model."""
   variant = registry.get_variant(config.model.name)
-  builder = input_pipeline.load_builder(config.dataset.name, config.dataset.data_dir)
-  model = registry.abstract_model(config.model, builder.info.features["label"].num_classes)
+  dataset = open_dataset(config.dataset.name, config.dataset.data_dir)
+  model = registry.abstract_model(config.model, len(dataset.class_names))
   # A model without attention maps is refused before anything is loaded.
   images = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)
   similarity.attention_maps(jax.eval_shape(lambda model, x: model(x)[1], model, images))
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  step, weights = checkpoint.restore_weights(workdir, model, here, ema=False)
+  name, step, weights = load_weights(config, workdir, model, here)
   batches = input_pipeline.eval_batches(
-    builder,
+    dataset,
     config.dataset.eval_split,
     batch_size=BATCH_SIZE,
     image_size=model.image_size,
@@ -90,7 +90,7 @@ def measure(
     threshold=threshold,
     head_threshold=head_threshold,
   )
-  return {"workdir": workdir, "step": step, "model": variant.model.__name__} | summary, maps
+  return {"weights": name, "step": step, "model": variant.model.__name__} | summary, maps
 
 
 def study(

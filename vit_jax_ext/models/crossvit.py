@@ -305,7 +305,7 @@ class CrossViT(nnx.Module):
       raise UserError(f"multi_conv is defined for patches of 12 and 16 pixels, not {tuple(patch_size)}")
     self.image_size = image_size
     self.sizes = branch_sizes(image_size, patch_size)
-    grids = [layers.patch_grid(size, patch) for size, patch in zip(self.sizes, patch_size, strict=True)]
+    self.grids = tuple(layers.patch_grid(size, patch) for size, patch in zip(self.sizes, patch_size, strict=True))
     self.drop_rates = (drop_rate, attn_drop_rate, drop_path_rate)
     self.dtype = kw["dtype"]
 
@@ -314,7 +314,7 @@ class CrossViT(nnx.Module):
     self.patch_embed = nnx.List(embed(patch, dim, **kw) for patch, dim in zip(patch_size, embed_dim, strict=True))
     self.pos_embed = nnx.List(
       nnx.Param(layers.token_init(rngs.params(), (1, 1 + rows * columns, dim), param_dtype))
-      for (rows, columns), dim in zip(grids, embed_dim, strict=True)
+      for (rows, columns), dim in zip(self.grids, embed_dim, strict=True)
     )
     self.cls_token = nnx.List(
       nnx.Param(layers.token_init(rngs.params(), (1, 1, dim), param_dtype)) for dim in embed_dim
@@ -325,7 +325,7 @@ class CrossViT(nnx.Module):
     rates = np.linspace(0, drop_path_rate, sum(stage_depths)).tolist()
     starts = np.cumsum([0, *stage_depths])
     self.blocks = nnx.List(
-      FUSIONS[fusion](embed_dim, grids, depth[k], num_heads, mlp_ratio, drop_rate, attn_drop_rate,
+      FUSIONS[fusion](embed_dim, self.grids, depth[k], num_heads, mlp_ratio, drop_rate, attn_drop_rate,
                       rates[starts[k]:starts[k + 1]], remat, **kw)
       for k in range(len(depth))
     )  # fmt: skip

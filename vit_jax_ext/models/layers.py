@@ -300,7 +300,7 @@ class IsotropicTransformer(nnx.Module):
     remat: bool,
     **kw,
   ):
-    self.image_size = image_size
+    self.image_size, self.grid = image_size, grid
     self.drop_rates = drop_rates
     self.remat = remat
     self.dtype = kw["dtype"]

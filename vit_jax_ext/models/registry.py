@@ -85,8 +85,10 @@ def _deepvit_baseline(name: str, params: int, top1: float, depth: int):
 def _deepvit(name: str, params: int, multiply_adds: float | None, top1: float, dim: int, depth: int,
              url: str | None = None, image_size: int = 224, **options):  # fmt: skip
   kwargs = dict(embed_dim=dim, depth=depth, num_heads=12, mlp_ratio=3, **options)
+  # The file itself, where the authors' link leads to a page that shows it.
+  url = url and f"https://drive.usercontent.google.com/download?id={url}&export=download&confirm=t"
   return name, Variant(
-    DeepViT, kwargs, image_size, params, multiply_adds, top1, url and f"https://drive.google.com/file/d/{url}/view",
+    DeepViT, kwargs, image_size, params, multiply_adds, top1, url,
     mean=HALF, std=HALF, crop=0.9 if image_size == 224 else 1.0, no_decay=TOKEN_PARAMS,
   )  # fmt: skip
 
@@ -252,7 +254,7 @@ def create_model(
     **overrides: keyword arguments of the model's class, e.g. `drop_path_rate=0.1` or `embed_dim=(32, 64)`.
 
   Returns:
-    A module: `logits, out = model(images, train=False)`, images (B, H, W, 3) normalised.
+    A module: `logits, out = model(images, train=False)`, images (B, H, W, 3) normalised. It keeps `name` as `variant`.
 
   Raises:
     UserError: unknown name or keyword, or values that do not fit together.
@@ -275,6 +277,7 @@ def create_model(
     rngs=keys,
   )
   keys.advance_stream()
+  model.variant = name
   return model
 
 

@@ -1,10 +1,14 @@
 """Checkpoints of the train state; the only user of orbax."""
 
+from collections.abc import Iterator
+import contextlib
 import os
 from typing import Any
 
+from etils import epath
 from flax import nnx
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -27,7 +31,7 @@ def open_checkpoints(workdir: str, *, keep_last: int = 1, read_only: bool = Fals
     read_only=read_only,
     cleanup_tmp_directories=not read_only,
   )
-  return ocp.CheckpointManager(os.path.abspath(os.path.join(workdir, "checkpoints")), options=options)
+  return ocp.CheckpointManager(epath.Path(workdir).absolute() / "checkpoints", options=options)
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -70,18 +74,67 @@ def restore_weights(
   Raises:
     UserError: there is no checkpoint.
   """
-  step = None
-  if os.path.isdir(os.path.join(workdir, "checkpoints")):
+  with _best_checkpoint(workdir) as (checkpoints, step):
+    item = "ema" if ema else "model"
+    _, params, stats = split_model(model)
+    like = abstract({"params": params, "stats": stats}, sharding)
+    return step, checkpoints.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))[item]
+
+
+def latest_step(workdir: str) -> int:
+  """Returns the step of a run's newest complete checkpoint, 0 if there is none."""
+  if not (epath.Path(workdir) / "checkpoints").is_dir():
+    return 0
+  with open_checkpoints(workdir, read_only=True) as checkpoints:
+    return checkpoints.latest_step() or 0
+
+
+@contextlib.contextmanager
+def _best_checkpoint(workdir: str) -> Iterator[tuple[ocp.CheckpointManager, int]]:
+  """Opens a run's checkpoints and finds the best step, or the last when none was evaluated."""
+  if (epath.Path(workdir) / "checkpoints").is_dir():
     with open_checkpoints(workdir, read_only=True) as checkpoints:
       step = checkpoints.best_step()
-      if step is None:
-        step = checkpoints.latest_step()
+      step = checkpoints.latest_step() if step is None else step
       if step is not None:
-        item = "ema" if ema else "model"
-        _, params, stats = split_model(model)
-        like = abstract({"params": params, "stats": stats}, sharding)
-        return step, checkpoints.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))[item]
+        yield checkpoints, step
+        return
   raise UserError(f"workdir {workdir} holds no complete checkpoint; train there first")
+
+
+def read_weights(folder: str) -> tuple[int, str, dict[tuple, np.ndarray]] | None:
+  """Reads weights as they were saved, averaged ones where there are some, whatever model they belong to.
+
+  Args:
+    folder: a workdir (its best checkpoint is taken, or its last when none was evaluated) or one of its checkpoints,
+      workdir/checkpoints/STEP; local or in a bucket.
+
+  Returns:
+    The step, "ema" or "model", and the NumPy arrays by their path in the model; None if it is no such folder.
+
+  Raises:
+    UserError: there is no complete checkpoint, or it is damaged.
+  """
+  if folder.startswith(("http://", "https://")):
+    return None
+  path = epath.Path(folder).expanduser().absolute()
+  if (path / "checkpoints").is_dir():
+    with _best_checkpoint(os.fspath(path)) as (_, step):
+      path = path / "checkpoints" / str(step)
+  item = "ema" if (path / "ema").is_dir() else "model"
+  if not (path / item).is_dir():
+    return None
+  try:
+    with ocp.PyTreeCheckpointer() as reader:
+      as_numpy = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(path / item).item_metadata.tree
+      )
+      tree = reader.restore(path / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+  except Exception as error:  # orbax and its storage raise whatever they stumble over
+    why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    raise UserError(f"checkpoint {path} is damaged ({why}); choose another one in {path.parent}") from None
+  leaves = (leaf for part in tree.values() for leaf in jax.tree_util.tree_leaves_with_path(part))
+  return int(path.name), item, {tuple(entry.key for entry in keys): array for keys, array in leaves}
 
 
 def abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:

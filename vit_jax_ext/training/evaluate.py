@@ -5,14 +5,16 @@ import json
 import os
 from typing import Any
 
+from absl import logging
 from flax import nnx
 import jax
 import ml_collections
-import tensorflow_datasets as tfds
 
 from vit_jax_ext.data import input_pipeline
+from vit_jax_ext.data.datasets import Dataset, open_dataset
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import registry
+from vit_jax_ext.pretrained import load_pretrained
 from vit_jax_ext.training import checkpoint, sharding
 from vit_jax_ext.training.train_step import Batch, Metrics, make_eval_step, split_model
 
@@ -39,7 +41,7 @@ class SplitEvaluator:
   def __init__(
     self,
     config: ml_collections.ConfigDict,
-    builder: tfds.core.DatasetBuilder,
+    dataset: Dataset,
     model: nnx.Module,
     mesh: jax.sharding.Mesh,
   ):
@@ -50,7 +52,7 @@ class SplitEvaluator:
       in_shardings=(replicated, replicated, self._by_batch),
       out_shardings=replicated,
     )
-    self._builder, self._split = builder, config.dataset.eval_split
+    self._dataset, self._split = dataset, config.dataset.eval_split
     self._options = dict(
       batch_size=config.batch_size // jax.process_count(),
       image_size=model.image_size,
@@ -59,35 +61,64 @@ class SplitEvaluator:
 
   def __call__(self, params: Any, stats: Any) -> dict[str, float]:
     """Returns loss, top1 and top5 over the whole split."""
-    batches = input_pipeline.eval_batches(self._builder, self._split, **self._options)
+    batches = input_pipeline.eval_batches(self._dataset, self._split, **self._options)
     return evaluate(self._step, params, stats, input_pipeline.prefetch_to_devices(batches, self._by_batch))
 
 
-def evaluate_workdir(config: ml_collections.ConfigDict, workdir: str, output: str | None) -> dict[str, float]:
-  """Evaluates a run's best checkpoint, raw and averaged weights, prints the scores and returns them.
+def load_weights(
+  config: ml_collections.ConfigDict,
+  workdir: str | None,
+  model: nnx.Module,
+  sharding: jax.sharding.Sharding,
+  *,
+  ema: bool = False,
+) -> tuple[str, int | None, dict[str, Any]]:
+  """Returns what the weights are, in words; the step of a run that they are from; and {"params", "stats"}.
 
   Args:
-    config: the run's.
-    workdir: the run's.
+    config: the experiment's.
+    workdir: a run's, whose best checkpoint is taken; None for the weights of `config.pretrained`.
+    model: the abstract model.
+    sharding: where the arrays go.
+    ema: a run's averaged weights instead of the raw ones.
+
+  Raises:
+    UserError: no checkpoint, or pretrained weights that do not fit, be it only for another number of classes.
+  """
+  if workdir:
+    step, weights = checkpoint.restore_weights(workdir, model, sharding, ema=ema)
+    return f"{workdir}, step {step}", step, weights
+  report = load_pretrained(model, config.pretrained, keep_classifier=True)
+  logging.info("%s", report)
+  _, params, stats = split_model(model)
+  return report.source, None, jax.device_put({"params": params, "stats": stats}, sharding)
+
+
+def evaluate_weights(config: ml_collections.ConfigDict, workdir: str | None, output: str | None) -> dict[str, float]:
+  """Evaluates a run's best checkpoint, raw and averaged, or pretrained weights; prints the scores and returns them.
+
+  Args:
+    config: the experiment's.
+    workdir: the run's; None to evaluate `config.pretrained`.
     output: folder for evaluation.json, if any.
   """
-  builder = input_pipeline.load_builder(config.dataset.name, config.dataset.data_dir)
-  images = input_pipeline.num_examples(builder, config.dataset.eval_split)
+  dataset = open_dataset(config.dataset.name, config.dataset.data_dir)
+  images = dataset.num_examples(config.dataset.eval_split)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch_size("batch_size", config.batch_size, mesh)
-  model = registry.abstract_model(config.model, builder.info.features["label"].num_classes)
-  evaluator = SplitEvaluator(config, builder, model, mesh)
+  model = registry.abstract_model(config.model, len(dataset.class_names))
+  evaluator = SplitEvaluator(config, dataset, model, mesh)
 
   results = {}
   for prefix, ema in (("eval", False), ("eval_ema", True)):
-    if not ema or config.ema_decay:
-      step, weights = checkpoint.restore_weights(workdir, model, sharding.replicated(mesh), ema=ema)
-      results |= {f"{prefix}/{name}": value for name, value in evaluator(**weights).items()}
-  print(f"{workdir}, step {step}: {images} images of {config.dataset.name}/{config.dataset.eval_split}")
+    if not ema or (workdir and config.ema_decay):
+      name, step, weights = load_weights(config, workdir, model, sharding.replicated(mesh), ema=ema)
+      results |= {f"{prefix}/{score}": value for score, value in evaluator(**weights).items()}
+  print(f"{name}: {images} images of {config.dataset.name}/{config.dataset.eval_split}")
   for name, value in results.items():
     print(f"  {name:16} {value:.4f}" if name.endswith("loss") else f"  {name:16} {value:.2%}")
   if output:
-    write_json(output, "evaluation.json", results | {"step": step})
+    write_json(output, "evaluation.json", results | {"weights": name, "step": step})
   return results
 
 

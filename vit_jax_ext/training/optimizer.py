@@ -1,8 +1,11 @@
 """AdamW as the papers' recipes use it."""
 
 from collections.abc import Sequence
+import math
+import re
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from vit_jax_ext.errors import UserError
@@ -32,17 +35,69 @@ def learning_rate_schedule(
   return optax.warmup_cosine_decay_schedule(initial, peak, warmup_steps, total_steps, floor)
 
 
+def classifier_mask(params: dict) -> dict:
+  """Tells which parameters are the classifier's (CrossViT has two)."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == "head", params)
+
+
+# Stage and block in a parameter's name, of CrossViT, Swin and CSWin. What has a stage but no block ends the stage, as
+# CrossViT's fusion and the merging of patches do; a block of ViT is a stage of its own.
+_LAYERS = (
+  r"blocks\.(\d+)\.blocks\.\d+\.(\d+)\.",
+  r"layers\.(\d+)\.blocks\.(\d+)\.",
+  r"stage(\d+)\.(\d+)\.",
+  r"(?:blocks\.|layers\.|merge)(\d+)\.",
+)
+
+
+def layer_scales(params: dict, decay: float) -> dict:
+  """Returns decay ** (layers between a parameter and the classifier), BEiT's factors of the learning rate.
+
+  The classifier and the last norm have 1, the last block has `decay`, and so on to the patch embedding, with which
+  class tokens and position embeddings go. Blocks of CrossViT's branches that have the same index count as one layer.
+  """
+
+  def place(path) -> tuple[float, ...]:
+    """Sorts as the layers follow each other."""
+    name = ".".join(str(part.key) for part in path) + "."
+    if name.startswith(("head.", "norm.")):
+      return (math.inf,)
+    match = next(filter(None, (re.match(pattern, name) for pattern in _LAYERS)), None)
+    return (*map(int, match.groups()), math.inf)[:2] if match else (-1,)
+
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  order = sorted({place(path) for path in paths})
+  return jax.tree_util.tree_map_with_path(lambda path, _: decay ** (len(order) - 1 - order.index(place(path))), params)
+
+
 def adamw(
   schedule: optax.Schedule,
   *,
   weight_decay: float,
   no_decay: Sequence[str],
   clip_norm: float | None,
+  layer_decay: float = 1.0,
+  linear_probe: bool = False,
   b1: float = 0.9,
   b2: float = 0.999,
 ) -> optax.GradientTransformation:
-  """Returns AdamW with decoupled weight decay, scaled by the schedule, after clipping by global norm (None: not)."""
+  """Returns AdamW with decoupled weight decay, scaled by the schedule, after clipping by global norm (None: not).
+
+  Args:
+    schedule: the learning rate.
+    weight_decay: of the parameters that `decay_mask` chooses.
+    no_decay: see `decay_mask`.
+    clip_norm: largest norm of all gradients together.
+    layer_decay: see `layer_scales`; 1 switches it off.
+    linear_probe: train the classifier alone, and keep no moments of anything else.
+    b1, b2: of the moments.
+  """
   steps = [optax.adamw(schedule, b1, b2, weight_decay=weight_decay, mask=lambda params: decay_mask(params, no_decay))]
   if clip_norm is not None:
     steps.insert(0, optax.clip_by_global_norm(clip_norm))
-  return optax.chain(*steps)
+  if layer_decay != 1:
+    steps.append(
+      optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, layer_scales(updates, layer_decay)))
+    )
+  tx = optax.chain(*steps)
+  return optax.partition({True: tx, False: optax.set_to_zero()}, classifier_mask) if linear_probe else tx

@@ -1,6 +1,7 @@
 """The training loop: read top to bottom."""
 
 import contextlib
+import dataclasses
 import time
 
 from absl import logging
@@ -13,12 +14,14 @@ import ml_collections
 from vit_jax_ext.config import claim_workdir
 from vit_jax_ext.console import Progress
 from vit_jax_ext.data import input_pipeline
+from vit_jax_ext.data.datasets import open_dataset
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import registry
+from vit_jax_ext.pretrained import load_pretrained
 from vit_jax_ext.training import checkpoint, metrics, optimizer, sharding
 from vit_jax_ext.training.evaluate import SplitEvaluator
 from vit_jax_ext.training.losses import attention_cosine_loss
-from vit_jax_ext.training.train_step import init_state, make_train_step, split_model
+from vit_jax_ext.training.train_step import TrainState, init_state, make_train_step, split_model
 
 
 def number_of_steps(config: ml_collections.ConfigDict, examples: int) -> int:
@@ -32,6 +35,15 @@ def number_of_steps(config: ml_collections.ConfigDict, examples: int) -> int:
       f"config.total_steps={config.total_steps} and config.total_epochs={config.total_epochs}: give one of them"
     )
   return config.total_steps or round(config.total_epochs * examples / config.batch_size)
+
+
+def _load_pretrained(state: TrainState, graphdef: nnx.GraphDef, source: str | bool) -> TrainState:
+  """Returns the state with pretrained weights, averages included, where its own lie."""
+  model = nnx.merge(graphdef, state.params, state.stats)
+  logging.info("%s", load_pretrained(model, source))
+  _, params, stats = split_model(model)
+  ema = jax.tree.map(jnp.copy, {"params": params, "stats": stats}) if state.ema else {}
+  return dataclasses.replace(state, params=params, stats=stats, ema=ema)
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
@@ -49,10 +61,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   """
   # The dataset, which says how many classes there are and how long an epoch is.
   data = config.dataset
-  builder = input_pipeline.load_builder(data.name, data.data_dir)
-  num_classes = builder.info.features["label"].num_classes
-  examples = input_pipeline.num_examples(builder, data.train_split)
-  input_pipeline.num_examples(builder, data.eval_split)
+  dataset = open_dataset(data.name, data.data_dir)
+  num_classes = len(dataset.class_names)
+  examples = dataset.num_examples(data.train_split)
+  dataset.num_examples(data.eval_split)
   total_steps = number_of_steps(config, examples)
 
   # The mesh, the model's structure and the optimizer. Nothing is allocated yet.
@@ -83,17 +95,21 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     weight_decay=config.optimizer.weight_decay,
     no_decay=variant.no_decay,
     clip_norm=config.optimizer.clip_norm,
+    layer_decay=config.optimizer.layer_decay,
+    linear_probe=config.linear_probe,
   )
 
-  # The state: newest checkpoint, or fresh. It is created where it will lie.
+  # The state: newest checkpoint, pretrained weights, or fresh. It is created where it will lie.
+  init = jax.jit(lambda: init_state(create_model, tx, config.ema_decay > 0), out_shardings=replicated)
+  first_step = checkpoint.latest_step(workdir)
+  if not first_step:  # before the workdir is claimed, for the weights may not fit
+    state = init()
+    if config.pretrained:
+      state = _load_pretrained(state, split_model(model)[0], config.pretrained)
   claim_workdir(workdir, config)
   checkpoints = checkpoint.open_checkpoints(workdir, keep_last=config.checkpoint.keep_last)
-  init = jax.jit(lambda: init_state(create_model, tx, config.ema_decay > 0), out_shardings=replicated)
-  first_step = checkpoints.latest_step() or 0
   if first_step:
     state = checkpoint.restore(checkpoints, first_step, checkpoint.abstract(jax.eval_shape(init), replicated))
-  else:
-    state = init()
 
   logging.info(
     "%s: %s parameters; step %d of %d, %d images each, on %d device(s); workdir %s",
@@ -119,12 +135,13 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
       cosine_blocks=regularizer.blocks,
       ema_decay=config.ema_decay,
       accumulation_steps=config.optimizer.accumulation_steps,
+      linear_probe=config.linear_probe,
     ),
     in_shardings=(replicated, by_batch),
     out_shardings=replicated,
     donate_argnums=0,
   )
-  evaluator = SplitEvaluator(config, builder, model, mesh)
+  evaluator = SplitEvaluator(config, dataset, model, mesh)
 
   def evaluate_state() -> dict[str, float]:
     results = {f"eval/{name}": value for name, value in evaluator(state.params, state.stats).items()}
@@ -133,7 +150,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     return results
 
   batches = input_pipeline.train_batches(
-    builder,
+    dataset,
     data.train_split,
     batch_size=config.batch_size // jax.process_count(),
     image_size=model.image_size,

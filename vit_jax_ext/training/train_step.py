@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from vit_jax_ext.training.losses import attention_cosine_loss, smoothed_cross_entropy
+from vit_jax_ext.training.optimizer import classifier_mask
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -68,6 +69,7 @@ def make_train_step(
   cosine_blocks: Sequence[int] = (),
   ema_decay: float = 0.0,
   accumulation_steps: int = 1,
+  linear_probe: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns `step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -81,6 +83,7 @@ def make_train_step(
     cosine_blocks: its blocks.
     ema_decay: share of the old average that stays at each step; 0 switches the averages off.
     accumulation_steps: the batch is worked off in this many equal parts, one after another, for one update.
+    linear_probe: only the classifier has gradients; the rest of the model works as in evaluation.
 
   The batch holds `image` uint8 (B, H, W, 3) and `label` int32 (B,). Metrics are scalars: loss, top1 (share),
   grad_norm, and attention_cosine where it is part of the loss.
@@ -88,8 +91,11 @@ def make_train_step(
   key = jax.random.key(seed)
 
   def loss_fn(params, stats, batch, key):
+    if linear_probe:  # the compiler then drops the backward pass of what is frozen
+      trained = classifier_mask(params)
+      params = jax.tree.map(lambda train, param: param if train else jax.lax.stop_gradient(param), trained, params)
     model = nnx.merge(graphdef, params, stats)
-    logits, out = model(normalize(batch["image"], mean, std), train=True, rngs=nnx.Rngs(key))
+    logits, out = model(normalize(batch["image"], mean, std), train=not linear_probe, rngs=nnx.Rngs(key))
     loss = smoothed_cross_entropy(logits, batch["label"], label_smoothing).mean()
     metrics = {"top1": jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])}
     if cosine_weight:
