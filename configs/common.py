@@ -28,6 +28,15 @@ def base_config() -> ConfigDict:
   config.dataset.shift = 0.0  # augmentation: largest displacement, share of a side
   config.dataset.scale = 0.0  # augmentation: largest change of size
 
+  # Augmentation in the training step, on the device; see vit_jax_ext/training/mixup.py.
+  config.augment = ConfigDict()
+  config.augment.mixup = 0.0  # alpha of its Beta distribution; 0: off
+  config.augment.cutmix = 0.0  # likewise
+  config.augment.switch_probability = 0.5  # of cutmix instead of mixup, where both are on
+  config.augment.mixing_batch = config_dict.placeholder(int)  # images of one draw; None: the whole batch
+  config.augment.erasing = 0.0  # probability of random erasing
+  config.augment.erase_mixed = False  # erase after mixing, not before
+
   config.optimizer = ConfigDict()
   config.optimizer.learning_rate = 1e-3  # peak
   config.optimizer.initial_learning_rate = 1e-6

@@ -1,6 +1,7 @@
 """One training step: what it computes, on one device and on eight."""
 
 import dataclasses
+import functools
 
 from flax import nnx
 import jax
@@ -10,9 +11,10 @@ import optax
 import pytest
 
 import vit_jax_ext as vx
-from vit_jax_ext.training import losses, optimizer, sharding, train_step
+from vit_jax_ext.training import losses, mixup, optimizer, sharding, train_step
 
 NORMALIZATION = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+AUGMENT = functools.partial(mixup.augment, num_classes=10, mixup=0.8, cutmix=1.0, mixing_batch=4, erasing=0.5)
 
 
 def create_model(**kw):
@@ -110,6 +112,72 @@ def test_randomness_depends_on_seed_and_step_alone():
   assert first == again
   later = dataclasses.replace(state, step=state.step + 1)
   assert step(later, batch())[1]["loss"] != first
+
+
+class LinearModel(nnx.Module):
+  """Compiles in no time."""
+
+  def __init__(self):
+    self.kernel = nnx.Param(jax.random.normal(jax.random.key(0), (8 * 8 * 3, 10)) / 20)
+
+  def __call__(self, images, train, rngs=None):
+    return images.reshape(len(images), -1) @ self.kernel[...], {}
+
+
+def make_linear(**kw):
+  """Returns (state, jitted step) of LinearModel."""
+  graphdef, _, _ = train_step.split_model(LinearModel())
+  state = train_step.init_state(LinearModel, optax.sgd(0.1), False)
+  return state, jax.jit(train_step.make_train_step(graphdef, optax.sgd(0.1), **NORMALIZATION, seed=0, **kw))
+
+
+def test_loss_of_augmented_images_equals_numpy():
+  """Normalised, then augmented; smoothed after mixing; a hit is the class with the largest share."""
+  data, seen = batch(), []
+  shares = np.random.default_rng(1).dirichlet(np.full(10, 0.2), 16).astype(np.float32)
+
+  def augment(key, images, labels):
+    seen.append((images.shape, images.dtype, labels.dtype))
+    return -images, jnp.asarray(shares)
+
+  state, step = make_linear(label_smoothing=0.1, augment=augment)
+  _, metrics = step(state, data)
+  assert seen[0] == ((16, 8, 8, 3), jnp.float32, jnp.int32)
+  images = (data["image"] / 255 - np.array(NORMALIZATION["mean"])) / np.array(NORMALIZATION["std"])
+  logits = -images.reshape(16, -1) @ np.asarray(state.params["kernel"], np.float64)
+  log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  targets = 0.9 * shares + 0.01
+  np.testing.assert_allclose(metrics["loss"], -np.mean(np.sum(targets * log_probabilities, -1)), rtol=1e-5)
+  np.testing.assert_allclose(metrics["top1"], np.mean(logits.argmax(-1) == shares.argmax(-1)))
+
+
+def test_parts_and_steps_are_augmented_differently_and_repeatably():
+  keys = []
+
+  def augment(key, images, labels):
+    jax.debug.callback(lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(key))
+    return images, labels
+
+  state, step = make_linear(augment=augment, accumulation_steps=4)
+  for _ in range(2):
+    after, _ = step(state, batch())
+    jax.effects_barrier()
+  step(after, batch())
+  jax.effects_barrier()
+  first, again, second = (sorted(keys[i : i + 4]) for i in (0, 4, 8))
+  assert first == again
+  assert len({*first, *second}) == 8
+
+
+def test_augmented_training_never_recompiles_or_waits_for_the_host():
+  state, step = make_linear(augment=AUGMENT)
+  state, _ = step(state, jax.device_put(batch()))
+  batches = [jax.device_put(batch(seed=seed)) for seed in range(3)]
+  with jax.transfer_guard("disallow"):
+    for data in batches:
+      state, metrics = step(state, data)
+  assert step._cache_size() == 1
+  assert np.isfinite(metrics["loss"])
 
 
 @pytest.mark.parametrize("shape", [dict(data=8, fsdp=1, model=1), dict(data=2, fsdp=4, model=1)])

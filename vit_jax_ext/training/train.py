@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 
 from absl import logging
@@ -18,7 +19,7 @@ from vit_jax_ext.data.datasets import open_dataset
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import registry
 from vit_jax_ext.pretrained import load_pretrained
-from vit_jax_ext.training import checkpoint, metrics, optimizer, sharding
+from vit_jax_ext.training import checkpoint, metrics, mixup, optimizer, sharding
 from vit_jax_ext.training.evaluate import SplitEvaluator
 from vit_jax_ext.training.losses import attention_cosine_loss
 from vit_jax_ext.training.train_step import TrainState, init_state, make_train_step, split_model
@@ -123,6 +124,16 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   )
 
   # The compiled step, the evaluation and the batches.
+  augment = functools.partial(
+    mixup.augment,
+    num_classes=num_classes,
+    mixup=config.augment.mixup,
+    cutmix=config.augment.cutmix,
+    switch_probability=config.augment.switch_probability,
+    mixing_batch=config.augment.mixing_batch,
+    erasing=config.augment.erasing,
+    erase_mixed=config.augment.erase_mixed,
+  )
   train_step = jax.jit(
     make_train_step(
       split_model(model)[0],
@@ -136,6 +147,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
       ema_decay=config.ema_decay,
       accumulation_steps=config.optimizer.accumulation_steps,
       linear_probe=config.linear_probe,
+      augment=augment,
     ),
     in_shardings=(replicated, by_batch),
     out_shardings=replicated,

@@ -15,6 +15,7 @@ from vit_jax_ext.training.optimizer import classifier_mask
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Augment = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 @jax.tree_util.register_dataclass
@@ -70,6 +71,7 @@ def make_train_step(
   ema_decay: float = 0.0,
   accumulation_steps: int = 1,
   linear_probe: bool = False,
+  augment: Augment | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns `step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -77,16 +79,20 @@ def make_train_step(
     graphdef: the model's structure.
     tx: the optimizer.
     mean, std: normalisation of the images.
-    seed: of dropout and stochastic depth; step s draws from fold_in(key(seed), s), so nothing random is stored.
+    seed: of augmentation, dropout and stochastic depth; step s draws from fold_in(key(seed), s), so nothing random is
+      stored.
     label_smoothing: see `smoothed_cross_entropy`.
     cosine_weight: of `attention_cosine_loss` in the loss; 0 switches it off.
     cosine_blocks: its blocks.
     ema_decay: share of the old average that stays at each step; 0 switches the averages off.
     accumulation_steps: the batch is worked off in this many equal parts, one after another, for one update.
     linear_probe: only the classifier has gradients; the rest of the model works as in evaluation.
+    augment: called with (key, images, labels), returns images and labels; see `mixup.augment`. The images are
+      normalised, the labels may become probabilities (B, classes). With accumulation it sees one part at a time.
 
-  The batch holds `image` uint8 (B, H, W, 3) and `label` int32 (B,). Metrics are scalars: loss, top1 (share),
-  grad_norm, and attention_cosine where it is part of the loss.
+  The batch holds `image` uint8 (B, H, W, 3) and `label` int32 (B,). Metrics are scalars: loss, top1 (share; of mixed
+  images those that are taken for the class of which they have the most), grad_norm, and attention_cosine where it is
+  part of the loss.
   """
   key = jax.random.key(seed)
 
@@ -94,10 +100,15 @@ def make_train_step(
     if linear_probe:  # the compiler then drops the backward pass of what is frozen
       trained = classifier_mask(params)
       params = jax.tree.map(lambda train, param: param if train else jax.lax.stop_gradient(param), trained, params)
+    images, labels = normalize(batch["image"], mean, std), batch["label"]
+    if augment is not None:
+      key, augment_key = jax.random.split(key)
+      images, labels = augment(augment_key, images, labels)
     model = nnx.merge(graphdef, params, stats)
-    logits, out = model(normalize(batch["image"], mean, std), train=not linear_probe, rngs=nnx.Rngs(key))
-    loss = smoothed_cross_entropy(logits, batch["label"], label_smoothing).mean()
-    metrics = {"top1": jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])}
+    logits, out = model(images, train=not linear_probe, rngs=nnx.Rngs(key))
+    loss = smoothed_cross_entropy(logits, labels, label_smoothing).mean()
+    classes = labels if labels.ndim == 1 else jnp.argmax(labels, axis=-1)
+    metrics = {"top1": jnp.mean(jnp.argmax(logits, axis=-1) == classes)}
     if cosine_weight:
       metrics["attention_cosine"] = attention_cosine_loss(out, cosine_blocks)
       loss += cosine_weight * metrics["attention_cosine"]
