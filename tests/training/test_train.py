@@ -57,7 +57,7 @@ def test_workdir(finished):
     "train/learning_rate",
     "train/images_per_second",
   } == set(rows[0])
-  scores = {f"{prefix}/{name}" for prefix in ("eval", "eval_ema") for name in ("loss", "top1", "top5")}
+  scores = {f"{prefix}/{name}" for prefix in ("eval", "eval_ema") for name in ("loss", "top1", "top5", "ece")}
   assert set(rows[1]) == {"step"} | scores
   assert {key: rows[-1][key] for key in scores} == results
   assert json.loads((workdir / "config.json").read_text())["batch_size"] == 64

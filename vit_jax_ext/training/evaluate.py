@@ -9,6 +9,7 @@ from absl import logging
 from flax import nnx
 import jax
 import ml_collections
+import numpy as np
 
 from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import Dataset, open_dataset
@@ -22,17 +23,21 @@ from vit_jax_ext.training.train_step import Batch, Metrics, make_eval_step, spli
 def evaluate(
   eval_step: Callable[[Any, Any, Batch], Metrics], params: Any, stats: Any, batches: Iterable[Batch]
 ) -> dict[str, float]:
-  """Returns loss (mean cross-entropy), top1 and top5 (shares) over all images of `batches`.
+  """Returns loss (mean cross-entropy), top1 and top5 (shares) and ece over all images of `batches`.
+
+  ece is the expected calibration error (Guo et al. 2017, equation 3): the mean over the images of the difference, in
+  their bin of confidence, between mean confidence and share of hits.
 
   Args:
     eval_step: the jitted `make_eval_step`.
     params, stats: the weights.
-    batches: global batches with `mask`.
+    batches: global batches, see `make_eval_step`.
   """
   sums = [eval_step(params, stats, batch) for batch in batches]  # dispatched without waiting for results
-  totals = jax.tree.map(lambda *values: sum(value.item() for value in values), *jax.device_get(sums))
-  count = totals.pop("count")
-  return {name: total / count for name, total in totals.items()}
+  totals = jax.tree.map(lambda *values: np.sum(values, axis=0, dtype=np.float64), *jax.device_get(sums))
+  count, overconfidence = totals.pop("count"), totals.pop("overconfidence")
+  scores = {name: float(total / count) for name, total in totals.items()}
+  return scores | {"ece": float(np.abs(overconfidence).sum() / count)}
 
 
 class SplitEvaluator:
@@ -60,7 +65,7 @@ class SplitEvaluator:
     )
 
   def __call__(self, params: Any, stats: Any) -> dict[str, float]:
-    """Returns loss, top1 and top5 over the whole split."""
+    """Returns loss, top1, top5 and ece over the whole split."""
     batches = input_pipeline.eval_batches(self._dataset, self._split, **self._options)
     return evaluate(self._step, params, stats, input_pipeline.prefetch_to_devices(batches, self._by_batch))
 

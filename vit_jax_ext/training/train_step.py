@@ -17,6 +17,8 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Augment = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
+CALIBRATION_BINS = 15  # of equal width, as in Guo et al. 2017, section 2
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -149,22 +151,44 @@ def make_train_step(
 def make_eval_step(
   graphdef: nnx.GraphDef, *, mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[Any, Any, Batch], Metrics]:
-  """Returns `step(params, stats, batch)`, the sums over the images whose `mask` is True.
+  """Returns `step(params, stats, batch)`, sums over the images whose `mask` is True; `evaluate` makes scores of them.
 
-  loss (cross-entropy without smoothing), top1 and top5 (numbers of hits; top5 is top-k of all classes when they are
-  fewer), and count.
+  The batch holds `image`, `mask` and `label`: class indices (B,), or the valid classes of each image as bool
+  (B, classes). A prediction is a hit when its class is valid, the rule of ImageNet-ReaL (Beyer et al. 2020); images
+  without any valid class are not counted.
+
+  Scalars: loss (minus the logarithm of the probability of all valid classes together, without smoothing: with one it is
+  the cross-entropy), top1 and top5 (numbers of hits; top5 has one among the five likeliest classes, or among all when
+  they are fewer), and count. And overconfidence (CALIBRATION_BINS,): confidence minus hit, summed over the images whose
+  confidence, the probability of the likeliest class, is in the bin.
   """
 
   def step(params, stats, batch: Batch) -> Metrics:
     logits, _ = nnx.merge(graphdef, params, stats)(normalize(batch["image"], mean, std), train=False)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    valid = batch["label"]
+    if valid.ndim == 1:
+      valid = jax.nn.one_hot(valid, logits.shape[-1], dtype=bool)
+    counted = batch["mask"] & valid.any(axis=-1)
+
+    log_probabilities = jax.nn.log_softmax(logits)
     _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
-    hits = best == batch["label"][:, None]
+    hits = jnp.take_along_axis(valid, best, axis=-1)
+    confidence = jnp.exp(jnp.max(log_probabilities, axis=-1))
+    # Bin m of M holds the confidences in ((m - 1) / M, m / M].
+    bins = jnp.clip(jnp.ceil(confidence * CALIBRATION_BINS).astype(jnp.int32) - 1, 0, CALIBRATION_BINS - 1)
+    in_bin = jax.nn.one_hot(bins, CALIBRATION_BINS, dtype=logits.dtype)
     per_image = {
-      "loss": smoothed_cross_entropy(logits, batch["label"]),
+      "loss": -jax.nn.logsumexp(log_probabilities, axis=-1, where=valid),
       "top1": hits[:, 0],
       "top5": hits.any(axis=-1),
-      "count": batch["mask"],
+      "count": counted,
+      "overconfidence": in_bin * (confidence - hits[:, 0])[:, None],
     }
-    return jax.tree.map(lambda values: jnp.sum(jnp.where(batch["mask"], values, 0)), per_image)
+
+    def total(values):
+      return jnp.sum(jnp.where(counted.reshape(-1, *[1] * (values.ndim - 1)), values, 0), axis=0)
+
+    return jax.tree.map(total, per_image)
 
   return step
