@@ -1,17 +1,21 @@
-"""Image classification datasets: what TFDS knows, and folders of images by class, both as encoded examples."""
+"""Image classification datasets as encoded examples: what TFDS knows, folders of images by class, synthetic ones."""
 
 import abc
 from collections.abc import Sequence
 import hashlib
 import os
 import pathlib
+from typing import ClassVar
 
+from absl import logging
+from etils import epath
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from vit_jax_ext.data import digits
 from vit_jax_ext.errors import UserError
 
+IMAGENET_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp")
 
 
@@ -36,23 +40,46 @@ class Dataset(abc.ABC):
 
   @abc.abstractmethod
   def _read(self, split: str, share: int, shares: int) -> tf.data.Dataset:
-    """Returns {"image": encoded bytes, "label": int64} of one share."""
+    """Returns {"image", "label", "name"} of one share; see `examples`."""
 
   def examples(self, split: str, share: int = 0, shares: int = 1) -> tf.data.Dataset:
-    """Returns (index in the split, {"image": encoded bytes, "label": int64}) of one of `shares` equal shares.
+    """Returns (index in the split, example) of one of `shares` equal shares, in a fixed order.
 
-    Shares hold each example once; the first ones are larger by one where the division leaves a rest.
+    Shares hold each example once; the first ones are larger by one where the division leaves a rest. An example is
+    `image` encoded bytes; `label` int32, or bool (classes,) where several are valid (ImageNet-ReaL); `name` that of
+    the file, "" if the dataset does not keep it.
     """
+    return self._read(split, share, shares).enumerate(self._bounds(split, share, shares)[0])
+
+  def _bounds(self, split: str, share: int, shares: int) -> tuple[int, int]:
+    """Returns the first index of a share, and the one after its last."""
     size, rest = divmod(self.num_examples(split), shares)
-    return self._read(split, share, shares).enumerate(share * size + min(share, rest))
+    start = share * size + min(share, rest)
+    return start, start + size + (share < rest)
 
 
 class TfdsDataset(Dataset):
-  """A prepared TFDS dataset with the features `image` and `label`."""
+  """A prepared TFDS dataset with `image` and `label`, or ImageNet-ReaL with its lists of labels.
+
+  Raises:
+    UserError: it has others.
+  """
 
   def __init__(self, name: str, builder: tfds.core.DatasetBuilder):
     self.name, self._builder = name, builder
-    self.class_names = builder.info.features["label"].names
+    features = dict(builder.info.features.items())
+    self._label = "real_label" if "real_label" in features else "label"
+    label = features.get(self._label)
+    label = label.feature if isinstance(label, tfds.features.Sequence) else label
+    for feature, found, kind in (
+      ("image", features.get("image"), tfds.features.Image),
+      ("label", label, tfds.features.ClassLabel),
+    ):
+      if not isinstance(found, kind):
+        raise UserError(
+          f"dataset {name!r} has no {feature!r} of type {kind.__name__}; choose an image classification one"
+        )
+    self.class_names = label.names
 
   def num_examples(self, split: str) -> int:
     try:
@@ -67,7 +94,16 @@ class TfdsDataset(Dataset):
       decoders={"image": tfds.decode.SkipDecoding()},
       read_config=tfds.ReadConfig(try_autocache=False, interleave_cycle_length=1),
     )
-    return dataset.map(lambda example: {key: example[key] for key in ("image", "label")})
+
+    def select(example):
+      label = example[self._label]
+      if self._label == "real_label":
+        label = tf.reduce_any(tf.one_hot(label, len(self.class_names), True, False, dtype=tf.bool), axis=0)
+      else:
+        label = tf.cast(label, tf.int32)
+      return {"image": example["image"], "label": label, "name": example.get("file_name", "")}
+
+    return dataset.map(select)
 
 
 class FolderDataset(Dataset):
@@ -105,12 +141,35 @@ class FolderDataset(Dataset):
     return len(self._select(split))
 
   def _read(self, split: str, share: int, shares: int) -> tf.data.Dataset:
-    files = self._select(split)
-    size, rest = divmod(len(files), shares)
-    start = share * size + min(share, rest)
-    paths, labels = zip(*files[start : start + size + (share < rest)], strict=True)
-    dataset = tf.data.Dataset.from_tensor_slices((list(paths), list(labels)))
-    return dataset.map(lambda path, label: {"image": tf.io.read_file(path), "label": tf.cast(label, tf.int64)})
+    start, stop = self._bounds(split, share, shares)
+    paths, labels = zip(*self._select(split)[start:stop], strict=True)
+    dataset = tf.data.Dataset.from_tensor_slices((list(paths), tf.constant(labels, tf.int32)))
+    return dataset.map(lambda path, label: {"image": tf.io.read_file(path), "label": label, "name": path})
+
+
+class SyntheticDataset(Dataset):
+  """What looks like ImageNet to a program: JPEGs of about 375x500 pixels, coloured clouds, of 1000 classes."""
+
+  SIZES: ClassVar = {"train": 64, "validation": 16}
+
+  def __init__(self):
+    self.name = "synthetic"
+    self.class_names = [f"class {i}" for i in range(1000)]
+
+  def num_examples(self, split: str) -> int:
+    if split not in self.SIZES:
+      raise _unknown_split(self.name, split, self.SIZES)
+    return self.SIZES[split]
+
+  def _read(self, split: str, share: int, shares: int) -> tf.data.Dataset:
+    def make(index):
+      seed = tf.stack([index, len(split)])
+      clouds = tf.random.stateless_uniform((9, 12, 3), seed, -0.2, 1.2)
+      size = tf.random.stateless_uniform((2,), seed, 330, 560, tf.int32)
+      image = tf.image.convert_image_dtype(tf.image.resize(clouds, size, "bicubic"), tf.uint8, saturate=True)
+      return {"image": tf.io.encode_jpeg(image), "label": tf.cast(index * 37 % 1000, tf.int32), "name": ""}
+
+    return tf.data.Dataset.range(*self._bounds(split, share, shares)).map(make)
 
 
 def _unknown_split(name: str, split: str, splits: Sequence[str]) -> UserError:
@@ -121,7 +180,8 @@ def open_dataset(name: str, data_dir: str | None) -> Dataset:
   """Opens a dataset; prepares the embedded `digits` on first use.
 
   Args:
-    name: a TFDS name, e.g. "digits" or "imagenet2012:5.1.0"; or a folder, written with a slash, e.g. "./flowers".
+    name: a TFDS name, e.g. "digits" or "imagenet2012:5.1.0"; a folder, written with a slash, e.g. "./flowers"; or
+      "synthetic".
     data_dir: where prepared TFDS datasets lie; None for TFDS's own default.
 
   Raises:
@@ -131,6 +191,8 @@ def open_dataset(name: str, data_dir: str | None) -> Dataset:
     if not os.path.isdir(os.path.expanduser(name)):
       raise UserError(f"dataset {name} does not exist; give a folder of images by class, or the name of a TFDS dataset")
     return FolderDataset(name)
+  if name == "synthetic":
+    return SyntheticDataset()
   try:
     builder = tfds.builder(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError:
@@ -145,13 +207,29 @@ def open_dataset(name: str, data_dir: str | None) -> Dataset:
     except OSError as error:
       raise UserError(f"digits cannot be prepared in {builder.data_dir}: {error}; give a writable folder with "
                       "--config.dataset.data_dir") from None  # fmt: skip
+  elif not builder.info.splits and builder.name == "imagenet2012":
+    _prepare_imagenet(builder)
   elif not builder.info.splits:
     raise UserError(
-      f"dataset {name!r} is not prepared in {builder.data_dir}; prepare it there, or set --config.dataset.data_dir"
+      f"dataset {name!r} is not prepared in {builder.data_dir}; prepare it with `tfds build {name}`, or set "
+      "--config.dataset.data_dir to the folder that holds it"
     )
-  for feature, kind in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
-    if feature not in builder.info.features or not isinstance(builder.info.features[feature], kind):
-      raise UserError(
-        f"dataset {name!r} has no {feature!r} of type {kind.__name__}; choose an image classification one"
-      )
   return TfdsDataset(name, builder)
+
+
+def _prepare_imagenet(builder: tfds.core.DatasetBuilder) -> None:
+  """Makes the records of ImageNet-1k out of the official archives; TFDS shows its progress.
+
+  Raises:
+    UserError: an archive is missing; says which, and where to put it.
+  """
+  root = epath.Path(builder.data_dir).parent.parent
+  manual = root / "downloads" / "manual"
+  missing = [tar for tar in IMAGENET_ARCHIVES if not (manual / tar).exists()]
+  if missing:
+    raise UserError(
+      f"dataset 'imagenet2012' is not prepared in {root}; put {' and '.join(missing)} of "
+      f"https://image-net.org/download-images into {manual} and start again, or set --config.dataset.data_dir"
+    )
+  logging.info("preparing imagenet2012 in %s from the archives in %s, which takes hours, once", root, manual)
+  builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual))

@@ -61,7 +61,7 @@ def train_batches(
     image = preprocess.decode(example["image"])
     image = preprocess.resize_and_center_crop(image, image_size, crop=1.0)
     image = preprocess.random_shift_and_scale(image, example_seed, shift, scale)
-    return {"image": image, "label": tf.cast(example["label"], tf.int32)}
+    return {"image": image, "label": example["label"]}
 
   epochs = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
   images = epochs.flat_map(epoch_examples).skip(used).map(preprocess_example, num_parallel_calls=tf.data.AUTOTUNE)
@@ -80,13 +80,11 @@ def eval_batches(
 
   def preprocess_example(_, example):
     image = preprocess.resize_and_center_crop(preprocess.decode(example["image"]), image_size, crop)
-    return {"image": image, "label": tf.cast(example["label"], tf.int32), "mask": True}
+    return {"image": image, "label": example["label"], "mask": True}
 
   images = dataset.examples(split, host, hosts).map(preprocess_example, num_parallel_calls=tf.data.AUTOTUNE)
   batches = images.batch(batch_size).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
-  nothing = {
-    "image": np.zeros((0, *image_size, 3), np.uint8), "label": np.zeros(0, np.int32), "mask": np.zeros(0, bool)
-  }  # fmt: skip
+  nothing = {key: np.zeros((0, *spec.shape), spec.dtype.as_numpy_dtype) for key, spec in images.element_spec.items()}
   largest_share = -(-dataset.num_examples(split) // hosts)
   for _ in range(-(-largest_share // batch_size)):
     batch = next(batches, nothing)
