@@ -14,7 +14,8 @@ import vit_jax_ext as vx
 from vit_jax_ext.models import registry
 from vit_jax_ext.training import checkpoint, sharding
 from vit_jax_ext.training import train as train_module
-from vit_jax_ext.training.train import number_of_steps, train
+from vit_jax_ext.training.experiment import number_of_steps
+from vit_jax_ext.training.train import train
 
 
 def weights(config, workdir, *, ema=False):

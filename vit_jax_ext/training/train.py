@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import time
 
 from absl import logging
@@ -16,26 +15,11 @@ from vit_jax_ext.config import claim_workdir
 from vit_jax_ext.console import Progress
 from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import open_dataset
-from vit_jax_ext.errors import UserError
-from vit_jax_ext.models import registry
 from vit_jax_ext.pretrained import load_pretrained
-from vit_jax_ext.training import checkpoint, metrics, mixup, optimizer, sharding
+from vit_jax_ext.training import checkpoint, metrics
 from vit_jax_ext.training.evaluate import SplitEvaluator
-from vit_jax_ext.training.losses import attention_cosine_loss
-from vit_jax_ext.training.train_step import TrainState, init_state, make_train_step, split_model
-
-
-def number_of_steps(config: ml_collections.ConfigDict, examples: int) -> int:
-  """Returns `total_steps`, or `total_epochs` in steps.
-
-  Raises:
-    UserError: neither or both are given.
-  """
-  if (config.total_steps is None) == (config.total_epochs is None):
-    raise UserError(
-      f"config.total_steps={config.total_steps} and config.total_epochs={config.total_epochs}: give one of them"
-    )
-  return config.total_steps or round(config.total_epochs * examples / config.batch_size)
+from vit_jax_ext.training.experiment import Experiment
+from vit_jax_ext.training.train_step import TrainState, split_model
 
 
 def _load_pretrained(state: TrainState, graphdef: nnx.GraphDef, source: str | bool) -> TrainState:
@@ -60,57 +44,24 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   Raises:
     UserError: whatever does not fit in the config, the dataset or the workdir; nothing is then overwritten.
   """
-  # The dataset, which says how many classes there are and how long an epoch is.
+  # The dataset says how many classes there are and how long an epoch is; nothing is allocated yet.
   data = config.dataset
   dataset = open_dataset(data.name, data.data_dir)
-  num_classes = len(dataset.class_names)
-  examples = dataset.num_examples(data.train_split)
   dataset.num_examples(data.eval_split)
-  total_steps = number_of_steps(config, examples)
-
-  # The mesh, the model's structure and the optimizer. Nothing is allocated yet.
-  mesh = sharding.make_mesh(config.mesh)
-  replicated, by_batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-  sharding.check_batch_size("batch_size", config.batch_size, mesh, config.optimizer.accumulation_steps)
-  variant = registry.get_variant(config.model.name)
-
-  def create_model() -> nnx.Module:
-    return registry.create_model(
-      config.model.name, num_classes=num_classes, rngs=nnx.Rngs(config.seed), **config.model.overrides
-    )
-
-  model = nnx.eval_shape(create_model)
-  regularizer = config.cosine_regularizer
-  if regularizer.weight:  # the training step refuses a model without attention maps, but after the workdir is claimed
-    images = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)
-    jax.eval_shape(lambda model, x: attention_cosine_loss(model(x)[1], regularizer.blocks), model, images)
-  schedule = optimizer.learning_rate_schedule(
-    peak=config.optimizer.learning_rate,
-    initial=config.optimizer.initial_learning_rate,
-    floor=config.optimizer.final_learning_rate,
-    warmup_steps=config.optimizer.warmup_steps,
-    total_steps=total_steps,
-  )
-  tx = optimizer.adamw(
-    schedule,
-    weight_decay=config.optimizer.weight_decay,
-    no_decay=variant.no_decay,
-    clip_norm=config.optimizer.clip_norm,
-    layer_decay=config.optimizer.layer_decay,
-    linear_probe=config.linear_probe,
-  )
+  experiment = Experiment(config, len(dataset.class_names), dataset.num_examples(data.train_split))
+  model, total_steps = experiment.model, experiment.total_steps
 
   # The state: newest checkpoint, pretrained weights, or fresh. It is created where it will lie.
-  init = jax.jit(lambda: init_state(create_model, tx, config.ema_decay > 0), out_shardings=replicated)
   first_step = checkpoint.latest_step(workdir)
   if not first_step:  # before the workdir is claimed, for the weights may not fit
-    state = init()
+    state = experiment.init()
     if config.pretrained:
       state = _load_pretrained(state, split_model(model)[0], config.pretrained)
   claim_workdir(workdir, config)
   checkpoints = checkpoint.open_checkpoints(workdir, keep_last=config.checkpoint.keep_last)
   if first_step:
-    state = checkpoint.restore(checkpoints, first_step, checkpoint.abstract(jax.eval_shape(init), replicated))
+    like = checkpoint.abstract(jax.eval_shape(experiment.init), experiment.replicated)
+    state = checkpoint.restore(checkpoints, first_step, like)
 
   logging.info(
     "%s: %s parameters; step %d of %d, %d images each, on %d device(s); workdir %s",
@@ -119,41 +70,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     first_step,
     total_steps,
     config.batch_size,
-    mesh.size,
+    experiment.mesh.size,
     workdir,
   )
 
-  # The compiled step, the evaluation and the batches.
-  augment = functools.partial(
-    mixup.augment,
-    num_classes=num_classes,
-    mixup=config.augment.mixup,
-    cutmix=config.augment.cutmix,
-    switch_probability=config.augment.switch_probability,
-    mixing_batch=config.augment.mixing_batch,
-    erasing=config.augment.erasing,
-    erase_mixed=config.augment.erase_mixed,
-  )
-  train_step = jax.jit(
-    make_train_step(
-      split_model(model)[0],
-      tx,
-      mean=variant.mean,
-      std=variant.std,
-      seed=config.seed,
-      label_smoothing=config.label_smoothing,
-      cosine_weight=regularizer.weight,
-      cosine_blocks=regularizer.blocks,
-      ema_decay=config.ema_decay,
-      accumulation_steps=config.optimizer.accumulation_steps,
-      linear_probe=config.linear_probe,
-      augment=augment,
-    ),
-    in_shardings=(replicated, by_batch),
-    out_shardings=replicated,
-    donate_argnums=0,
-  )
-  evaluator = SplitEvaluator(config, dataset, model, mesh)
+  evaluator = SplitEvaluator(config, dataset, model, experiment.mesh)
 
   def evaluate_state() -> dict[str, float]:
     results = {f"eval/{name}": value for name, value in evaluator(state.params, state.stats).items()}
@@ -173,14 +94,14 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     shift=data.shift,
     scale=data.scale,
   )
-  batches = input_pipeline.prefetch_to_devices(batches, by_batch)
+  batches = input_pipeline.prefetch_to_devices(batches, experiment.by_batch)
 
   writer = metrics.create_writer(workdir, first_step)
   progress = Progress(first_step, total_steps)
   results = {}
   with checkpoints, contextlib.closing(writer), progress:
     for step, batch in enumerate(batches, first_step + 1):
-      state, measured = train_step(state, batch)
+      state, measured = experiment.train_step(state, batch)
       progress.step(step)
       if step == first_step + 1:
         jax.block_until_ready(measured)  # images/s shall not count the compilation
@@ -189,7 +110,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
       last = step == total_steps
       if last or step % config.log_every_steps == 0:
         scalars = {f"train/{name}": value.item() for name, value in jax.device_get(measured).items()}
-        scalars["train/learning_rate"] = float(schedule(step - 1))
+        scalars["train/learning_rate"] = float(experiment.schedule(step - 1))
         if step > clock_step:
           seconds = time.monotonic() - clock
           scalars["train/images_per_second"] = (step - clock_step) * config.batch_size / seconds

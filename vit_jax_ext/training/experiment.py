@@ -1,0 +1,115 @@
+"""What a config describes, before anything is allocated: model, optimizer, mesh and the compiled functions over them.
+
+Imports no TensorFlow: the dataset counts as two numbers.
+"""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from vit_jax_ext.errors import UserError
+from vit_jax_ext.models import registry
+from vit_jax_ext.training import mixup, optimizer, sharding
+from vit_jax_ext.training.losses import attention_cosine_loss
+from vit_jax_ext.training.train_step import init_state, make_train_step, split_model
+
+
+def number_of_steps(config: ml_collections.ConfigDict, examples: int) -> int:
+  """Returns `total_steps`, or `total_epochs` in steps.
+
+  Raises:
+    UserError: neither or both are given.
+  """
+  if (config.total_steps is None) == (config.total_epochs is None):
+    raise UserError(
+      f"config.total_steps={config.total_steps} and config.total_epochs={config.total_epochs}: give one of them"
+    )
+  return config.total_steps or round(config.total_epochs * examples / config.batch_size)
+
+
+class Experiment:
+  """The parts of a training run.
+
+  Args:
+    config: see configs/common.py.
+    num_classes, examples: of the training split.
+
+  Attributes:
+    total_steps: of the training.
+    mesh: over all devices of all hosts.
+    replicated, by_batch: shardings of state and batches.
+    variant: published facts of the model.
+    model: abstract.
+    schedule: learning rate by step.
+    init: compiled, () -> TrainState, created where it will lie.
+    train_step: compiled, (state, batch) -> (state, metrics), which consumes the state.
+
+  Raises:
+    UserError: whatever does not fit together.
+  """
+
+  def __init__(self, config: ml_collections.ConfigDict, num_classes: int, examples: int):
+    self.total_steps = number_of_steps(config, examples)
+    self.mesh = sharding.make_mesh(config.mesh)
+    self.replicated, self.by_batch = sharding.replicated(self.mesh), sharding.batch_sharding(self.mesh)
+    sharding.check_batch_size("batch_size", config.batch_size, self.mesh, config.optimizer.accumulation_steps)
+    self.variant = registry.get_variant(config.model.name)
+
+    def create_model() -> nnx.Module:
+      return registry.create_model(
+        config.model.name, num_classes=num_classes, rngs=nnx.Rngs(config.seed), **config.model.overrides
+      )
+
+    self.model = nnx.eval_shape(create_model)
+    regularizer = config.cosine_regularizer
+    if regularizer.weight:  # a model without attention maps is refused now, not in the first step
+      images = jax.ShapeDtypeStruct((1, *self.model.image_size, 3), jnp.float32)
+      jax.eval_shape(lambda model, x: attention_cosine_loss(model(x)[1], regularizer.blocks), self.model, images)
+    self.schedule = optimizer.learning_rate_schedule(
+      peak=config.optimizer.learning_rate,
+      initial=config.optimizer.initial_learning_rate,
+      floor=config.optimizer.final_learning_rate,
+      warmup_steps=config.optimizer.warmup_steps,
+      total_steps=self.total_steps,
+    )
+    tx = optimizer.adamw(
+      self.schedule,
+      weight_decay=config.optimizer.weight_decay,
+      no_decay=self.variant.no_decay,
+      clip_norm=config.optimizer.clip_norm,
+      layer_decay=config.optimizer.layer_decay,
+      linear_probe=config.linear_probe,
+    )
+    self.init = jax.jit(lambda: init_state(create_model, tx, config.ema_decay > 0), out_shardings=self.replicated)
+    augment = functools.partial(
+      mixup.augment,
+      num_classes=num_classes,
+      mixup=config.augment.mixup,
+      cutmix=config.augment.cutmix,
+      switch_probability=config.augment.switch_probability,
+      mixing_batch=config.augment.mixing_batch,
+      erasing=config.augment.erasing,
+      erase_mixed=config.augment.erase_mixed,
+    )
+    self.train_step = jax.jit(
+      make_train_step(
+        split_model(self.model)[0],
+        tx,
+        mean=self.variant.mean,
+        std=self.variant.std,
+        seed=config.seed,
+        label_smoothing=config.label_smoothing,
+        cosine_weight=regularizer.weight,
+        cosine_blocks=regularizer.blocks,
+        ema_decay=config.ema_decay,
+        accumulation_steps=config.optimizer.accumulation_steps,
+        linear_probe=config.linear_probe,
+        augment=augment,
+      ),
+      in_shardings=(self.replicated, self.by_batch),
+      out_shardings=self.replicated,
+      donate_argnums=0,
+    )
