@@ -42,6 +42,10 @@ def base_config() -> ConfigDict:
   config.optimizer.initial_learning_rate = 1e-6
   config.optimizer.final_learning_rate = 1e-5
   config.optimizer.warmup_steps = 0
+  config.optimizer.warmup_epochs = 0.0  # besides warmup_steps
+  config.optimizer.warmup_prefix = True  # the cosine begins after the warm-up; False: under it, from the first step
+  config.optimizer.cooldown_epochs = 0.0  # the last of the training, at the final learning rate
+  config.optimizer.per_epoch = False  # the learning rate changes between epochs only
   config.optimizer.weight_decay = 0.05
   config.optimizer.clip_norm = config_dict.placeholder(float)
   config.optimizer.accumulation_steps = 1
@@ -59,4 +63,74 @@ def base_config() -> ConfigDict:
   config.checkpoint.every_steps = 1000  # besides one at every evaluation
   config.checkpoint.keep_last = 2  # besides the best
   config.mesh = ConfigDict(dict(data=-1, fsdp=1, model=1))
+
+  # --config.smoke=True sets what stands below `when_smoke`: two steps and one evaluation, in seconds on a CPU. What
+  # follows it on the command line still counts.
+  config.smoke = False
+  config.when_smoke = ConfigDict()
+  config.when_smoke.batch_size = 8
+  config.when_smoke.total_steps = 2
+  config.when_smoke.total_epochs = None
+  config.when_smoke.log_every_steps = 1
+  config.when_smoke.optimizer = ConfigDict(dict(warmup_steps=0, warmup_epochs=0.0, cooldown_epochs=0.0))
   return config
+
+
+def deit_recipe(model: str, *, batch_size: int) -> ConfigDict:
+  """Returns DeiT's recipe for ImageNet-1k, from which those of all families here descend.
+
+  Touvron et al. 2021, Table 9, and the defaults of main.py in facebookresearch/deit; the timm that it runs on.
+
+  Args:
+    model: name of the variant.
+    batch_size: the authors'. Another one on the command line changes the learning rate with it.
+  """
+  config = base_config()
+  config.model.name = model
+  config.model.overrides.drop_path_rate = 0.1  # Table 9: stochastic depth
+  config.model.overrides.dtype = "bfloat16"  # mixed precision, there float16
+  config.dataset.name = "imagenet2012"
+  config.batch_size = batch_size
+  config.total_epochs = 300
+
+  config.optimizer.learning_rate = 5e-4 * config.get_ref("batch_size").to_float() / 512
+  config.optimizer.initial_learning_rate = 1e-6  # --warmup-lr
+  config.optimizer.final_learning_rate = 1e-5  # --min-lr
+  config.optimizer.warmup_epochs = 5.0
+  config.optimizer.warmup_prefix = False  # timm's cosine
+  config.optimizer.per_epoch = True  # timm's scheduler is stepped once per epoch
+  config.optimizer.weight_decay = 0.05
+  config.label_smoothing = 0.1
+
+  config.augment.crop_scale = (0.08, 1.0)  # timm's default
+  config.augment.interpolation = "bicubic"
+  config.augment.flip = 0.5  # timm's default
+  config.augment.randaugment = "rand-m9-mstd0.5-inc1"
+  config.augment.color_jitter = 0.0  # their 0.3 or 0.4 is ignored: timm has either RandAugment or colour jitter
+  config.augment.repeats = 3  # --repeated-aug
+  config.augment.erasing = 0.25
+  config.augment.mixup = 0.8
+  config.augment.cutmix = 1.0
+  config.augment.switch_probability = 0.5
+
+  config.eval_every_steps = 2500
+  config.checkpoint.every_steps = 2500
+  config.when_smoke.dataset = ConfigDict(dict(name="synthetic", shuffle_buffer=64))
+  return config
+
+
+def fine_tune(config: ConfigDict, weights: str) -> None:
+  """Turns a recipe into the fine-tuning at a higher resolution that DeiT's README gives (DeiT-B at 384).
+
+  Args:
+    config: a recipe, at the higher resolution.
+    weights: those of the lower resolution.
+  """
+  config.pretrained = weights
+  config.batch_size = 512  # 2 nodes of 8 GPUs, 32 images each
+  config.augment.mixing_batch = 32
+  config.total_epochs = 30
+  config.optimizer.learning_rate = 5e-6 * config.get_ref("batch_size").to_float() / 512
+  config.optimizer.final_learning_rate = 5e-6  # --min-lr
+  config.optimizer.weight_decay = 1e-8
+  config.when_smoke.pretrained = None

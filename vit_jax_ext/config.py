@@ -63,7 +63,8 @@ def _load_module(path: str) -> types.ModuleType:
 def override(config: ml_collections.ConfigDict, assignments: Sequence[str]) -> None:
   """Sets config values from "key.path=value" strings; values are Python literals or plain text.
 
-  Keys must exist and keep their type, save below `model.overrides`, which `create_model` checks.
+  Keys must exist and keep their type, save below `model.overrides`, which `create_model` checks. One follows the other;
+  smoke=True sets all that stands below `when_smoke`.
 
   Raises:
     UserError: an unknown key (names the nearest ones) or a value of another type.
@@ -92,6 +93,8 @@ def override(config: ml_collections.ConfigDict, assignments: Sequence[str]) -> N
       raise UserError(
         f"--config.{key}={text} is of type {type(value).__name__}; give a value of type {expected}"
       ) from None
+    if key == "smoke" and value:
+      config.update(config.when_smoke)
 
 
 def _unknown_key(config: ml_collections.ConfigDict, key: str) -> UserError:

@@ -213,6 +213,38 @@ def test_schedule():
   np.testing.assert_allclose([schedule(s) for s in steps], [0.1, 0.55, 1.0, 0.6, 0.2, 0.2], rtol=1e-6)
 
 
+def timm_cosine(t, peak, initial, floor, warmup, total):
+  """What timm's CosineLRScheduler gives at time t (steps or epochs) with the defaults of the papers' scripts."""
+  if t < warmup:
+    return initial + t * (peak - initial) / warmup
+  return floor + 0.5 * (peak - floor) * (1 + np.cos(np.pi * t / total)) if t < total else floor
+
+
+def test_schedule_per_step_is_timms():
+  """BOAT on Swin: 20 epochs of warm-up, in steps."""
+  rates = dict(peak=1e-3, initial=1e-6, floor=1e-5)
+  schedule = optimizer.learning_rate_schedule(**rates, warmup_steps=200, total_steps=3000, warmup_prefix=False)
+  steps = np.arange(0, 3100, 7)
+  np.testing.assert_allclose(
+    schedule(steps), [timm_cosine(t, **rates, warmup=200, total=3000) for t in steps], rtol=1e-5
+  )
+
+
+def test_schedule_per_epoch_is_timms():
+  """CSWin: 300 epochs, 20 of them warm-up, and 10 of cool-down; 625.57 steps are no whole epoch."""
+  rates, steps_per_epoch = dict(peak=2e-3, initial=1e-6, floor=1e-5), 1_281_167 / 2048
+  first_steps = [round(epoch * steps_per_epoch) for epoch in range(311)]
+  schedule = optimizer.learning_rate_schedule(
+    **rates, warmup_steps=first_steps[20], total_steps=first_steps[310], warmup_prefix=False,
+    cooldown_steps=round(10 * steps_per_epoch), steps_per_epoch=steps_per_epoch,
+  )  # fmt: skip
+  expected = np.array([timm_cosine(epoch, **rates, warmup=20, total=300) for epoch in range(310)])
+  firsts, lasts = np.array(first_steps[:-1]), np.array(first_steps[1:]) - 1
+  # An epoch begins at the nearest whole step: up to half a step of 626 off.
+  np.testing.assert_allclose(jax.vmap(schedule)(firsts), expected, rtol=1e-3)
+  np.testing.assert_array_equal(jax.vmap(schedule)(lasts), jax.vmap(schedule)(firsts))
+
+
 def test_clipping_comes_before_adam():
   params, grads = {"kernel": jnp.zeros((10, 10))}, {"kernel": jnp.full((10, 10), 3.0)}
 

@@ -68,12 +68,16 @@ class Experiment:
     if regularizer.weight:  # a model without attention maps is refused now, not in the first step
       images = jax.ShapeDtypeStruct((1, *self.model.image_size, 3), jnp.float32)
       jax.eval_shape(lambda model, x: attention_cosine_loss(model(x)[1], regularizer.blocks), self.model, images)
+    steps_per_epoch = examples / config.batch_size
     self.schedule = optimizer.learning_rate_schedule(
       peak=config.optimizer.learning_rate,
       initial=config.optimizer.initial_learning_rate,
       floor=config.optimizer.final_learning_rate,
-      warmup_steps=config.optimizer.warmup_steps,
+      warmup_steps=config.optimizer.warmup_steps + round(config.optimizer.warmup_epochs * steps_per_epoch),
       total_steps=self.total_steps,
+      cooldown_steps=round(config.optimizer.cooldown_epochs * steps_per_epoch),
+      warmup_prefix=config.optimizer.warmup_prefix,
+      steps_per_epoch=steps_per_epoch if config.optimizer.per_epoch else None,
     )
     tx = optimizer.adamw(
       self.schedule,

@@ -6,6 +6,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vit_jax_ext.errors import UserError
@@ -21,18 +22,45 @@ def decay_mask(params: dict, no_decay: Sequence[str]) -> dict:
 
 
 def learning_rate_schedule(
-  *, peak: float, initial: float, floor: float, warmup_steps: int, total_steps: int
+  *,
+  peak: float,
+  initial: float,
+  floor: float,
+  warmup_steps: int,
+  total_steps: int,
+  cooldown_steps: int = 0,
+  warmup_prefix: bool = True,
+  steps_per_epoch: float | None = None,
 ) -> optax.Schedule:
-  """Linear warm-up from `initial` to `peak`, then a cosine to `floor` at `total_steps`.
+  """Linear warm-up from `initial` to `peak`, then a cosine to `floor`, at last `floor`.
+
+  Args:
+    peak, initial, floor: learning rates.
+    warmup_steps, cooldown_steps: of the `total_steps`, at their beginning and at their end.
+    total_steps: of the training.
+    warmup_prefix: the cosine begins at `peak` when the warm-up ends. False: it begins at the first step and the warm-up
+      takes the place of its beginning, as in timm and so in the papers: 30 epochs of 300 end at 0.976 of the peak.
+    steps_per_epoch: the learning rate stays as it was at the epoch's first step, as in timm; None: no epochs.
 
   Raises:
-    UserError: the warm-up is not shorter than the training.
+    UserError: warm-up and cool-down leave no step between them.
   """
-  if not 0 <= warmup_steps < total_steps:
+  end = total_steps - cooldown_steps
+  if not 0 <= warmup_steps < end:
     raise UserError(
-      f"optimizer.warmup_steps {warmup_steps} must be below the {total_steps} steps of the run; change one of them"
+      f"optimizer.warmup_steps {warmup_steps} (with warmup_epochs) must be below the {end} steps of the run "
+      "(without cooldown_epochs); change one of them"
     )
-  return optax.warmup_cosine_decay_schedule(initial, peak, warmup_steps, total_steps, floor)
+  begin = warmup_steps if warmup_prefix else 0
+  cosine = optax.cosine_decay_schedule(peak, end - begin, floor / peak if peak else 0.0)
+  schedule = optax.join_schedules(
+    [optax.linear_schedule(initial, peak, warmup_steps), lambda step: cosine(step + warmup_steps - begin)],
+    [warmup_steps],
+  )
+  if steps_per_epoch is None:
+    return schedule
+  first_steps = np.round(steps_per_epoch * np.arange(math.ceil(total_steps / steps_per_epoch))).astype(np.int32)
+  return lambda step: schedule(jnp.asarray(first_steps)[jnp.searchsorted(first_steps, step, side="right") - 1])
 
 
 def classifier_mask(params: dict) -> dict:
