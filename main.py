@@ -38,6 +38,9 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
       formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
 
+  add(
+    "doctor", "check dataset, devices, memory, weights and workdir in seconds, before a long run", common, with_config
+  )
   add("train", "train a model, or continue where an earlier run in the workdir stopped", common, with_config)
   add(
     "evaluate",
@@ -128,16 +131,20 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     return
 
   workdir = args.workdir or configs.default_workdir(spec)
-  from_file = args.command == "train" or pretrained
+  from_file = args.command in ("train", "doctor") or pretrained
   config = configs.load_config(spec) if from_file else configs.read_workdir_config(workdir)
   configs.override(config, overrides)
-  if args.command != "train" and pretrained:
+  if args.command in ("evaluate", "predict") and pretrained:
     workdir = None
 
   if args.command == "train":
     from vit_jax_ext.training.train import train
 
     train(config, workdir)
+  elif args.command == "doctor":
+    from vit_jax_ext.training.doctor import doctor
+
+    doctor(config, workdir)
   elif args.command == "evaluate":
     from vit_jax_ext.training.evaluate import evaluate_weights
 

@@ -10,7 +10,9 @@ How l_384 was made is not published: it is fine-tuned here as DeiT was, from wei
 from configs import common
 
 VARIANTS = ("16b", "24b", "32b", "s", "l", "l_384")
-WEIGHTS_OF_L = "https://drive.usercontent.google.com/download?id=1MTRm0NK_sPGRSyuD_hHJ1Zgw2diEaKLR&export=download&confirm=t"
+WEIGHTS_OF_L = (
+  "https://drive.usercontent.google.com/download?id=1MTRm0NK_sPGRSyuD_hHJ1Zgw2diEaKLR&export=download&confirm=t"
+)
 
 
 def get_config(variant: str = "32b"):

@@ -137,6 +137,28 @@ def read_weights(folder: str) -> tuple[int, str, dict[tuple, np.ndarray]] | None
   return int(path.name), item, {tuple(entry.key for entry in keys): array for keys, array in leaves}
 
 
+def check_shapes(workdir: str, step: int, weights: dict[str, Any]) -> None:
+  """Checks a checkpoint's weights against abstract ones without reading them.
+
+  Raises:
+    UserError: they differ; names the first that does.
+  """
+  path = epath.Path(workdir).absolute() / "checkpoints" / str(step) / "model"
+  with ocp.PyTreeCheckpointer() as reader:
+    saved = reader.metadata(path).item_metadata.tree
+  saved, expected = (
+    {
+      tuple(str(part.key) for part in keys): tuple(leaf.shape)
+      for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    for tree in (saved, {name: part for name, part in weights.items() if part})
+  )
+  for name in sorted(saved.keys() | expected.keys()):
+    if saved.get(name) != expected.get(name):
+      raise UserError(f"checkpoint {path.parent} has {'.'.join(name)} of shape {saved.get(name)}, the model of shape "
+                      f"{expected.get(name)}; choose another --workdir")  # fmt: skip
+
+
 def abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
   """Returns the ShapeDtypeStructs of a tree with the place where its arrays shall lie."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
