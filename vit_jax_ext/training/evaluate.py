@@ -62,6 +62,7 @@ class SplitEvaluator:
       batch_size=config.batch_size // jax.process_count(),
       image_size=model.image_size,
       crop=config.dataset.crop or variant.crop,
+      max_unreadable=config.dataset.max_unreadable,
     )
 
   def __call__(self, params: Any, stats: Any) -> dict[str, float]:

@@ -91,8 +91,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     first_step=first_step,
     total_steps=total_steps,
     shuffle_buffer=data.shuffle_buffer,
-    shift=data.shift,
-    scale=data.scale,
+    augment=input_pipeline.train_augmentation(
+      config.augment, model.image_size, experiment.variant.mean, data.shift, data.scale
+    ),
+    repeats=config.augment.repeats,
+    max_unreadable=data.max_unreadable,
   )
   batches = input_pipeline.prefetch_to_devices(batches, experiment.by_batch)
 
