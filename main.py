@@ -130,7 +130,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     )
     return
 
-  workdir = args.workdir or configs.default_workdir(spec)
+  workdir = args.workdir or configs.default_workdir(spec) + ("-smoke" if "smoke=True" in overrides else "")
   from_file = args.command in ("train", "doctor") or pretrained
   config = configs.load_config(spec) if from_file else configs.read_workdir_config(workdir)
   configs.override(config, overrides)

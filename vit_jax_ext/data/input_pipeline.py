@@ -54,7 +54,7 @@ def train_augmentation(
     if policy:
       image = randaugment.rand_augment(image, seed, policy, fill, augment["interpolation"])
     if augment["color_jitter"]:
-      image = randaugment.color_jitter(image, seed, augment["color_jitter"])
+      image = preprocess.color_jitter(image, seed, augment["color_jitter"])
     if shift or scale:
       image = preprocess.random_shift_and_scale(image, seed, shift, scale)
     return image
