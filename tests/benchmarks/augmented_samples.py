@@ -1,6 +1,6 @@
-"""Draws what a recipe's host transforms make of two photographs: docs/augmented.png.
+"""Draws what a recipe's host transforms make of two photographs: docs/augmented.jpg.
 
-Run: python tests/benchmarks/augmented_samples.py FILE.png
+Run: python tests/benchmarks/augmented_samples.py FILE.jpg
 """
 
 import io
@@ -42,7 +42,7 @@ def main(path: str) -> None:
     )
     pixels = 255 * (np.asarray(mixed) * np.array(variant.std) + np.array(variant.mean))
     rows.append(np.clip(np.round(pixels), 0, 255).astype(np.uint8))
-  Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows])).save(path, optimize=True)
+  Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows])).save(path, quality=75)
   print(f"wrote {path}")
 
 
