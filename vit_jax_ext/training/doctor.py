@@ -15,6 +15,7 @@ from vit_jax_ext.errors import UserError
 from vit_jax_ext.pretrained import load_pretrained
 from vit_jax_ext.training import checkpoint
 from vit_jax_ext.training.experiment import Experiment
+from vit_jax_ext.training.sharding import axis_sizes, bytes_per_device
 from vit_jax_ext.training.train_step import activation_bytes, split_model
 
 
@@ -53,7 +54,7 @@ def _checks(config: ml_collections.ConfigDict, workdir: str) -> Iterator:
     mesh = found["experiment"].mesh
     return (
       f"{config.model.name} on {mesh.size} x {jax.devices()[0].device_kind}, mesh "
-      f"{', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}, {jax.process_count()} host(s); "
+      f"{', '.join(f'{axis}={size}' for axis, size in axis_sizes(mesh).items())}, {jax.process_count()} host(s); "
       f"{found['experiment'].total_steps:,} steps of {config.batch_size} images"
     )
 
@@ -81,10 +82,10 @@ def _check_memory(config: ml_collections.ConfigDict, experiment: Experiment) -> 
   if limit is None:  # devices that are parts of the host share its memory
     limit = psutil.virtual_memory().available // jax.local_device_count()
   state = jax.eval_shape(experiment.init)
-  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+  size = bytes_per_device(state, experiment.places)
   gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
-  replicas = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
-  batch = config.batch_size // replicas // config.optimizer.accumulation_steps
+  parts = experiment.mesh.size // experiment.mesh.shape["model"]
+  batch = config.batch_size // parts // config.optimizer.accumulation_steps
   activations = 0 if config.linear_probe else activation_bytes(experiment.model, batch)
   needed = size + gradients + activations
   gib = {name: f"{value / 2**30:.2f}" for name, value in

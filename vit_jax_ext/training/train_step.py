@@ -93,6 +93,7 @@ def make_train_step(
   accumulation_steps: int = 1,
   linear_probe: bool = False,
   augment: Augment | None = None,
+  gather: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns `step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -110,6 +111,7 @@ def make_train_step(
     linear_probe: only the classifier has gradients; the rest of the model works as in evaluation.
     augment: called with (key, images, labels), returns images and labels; see `mixup.augment`. The images are
       normalised, the labels may become probabilities (B, classes). With accumulation it sees one part at a time.
+    gather: brings the parameters from where they are kept to where they are used, see `partition.Layout`.
 
   The batch holds `image` uint8 (B, H, W, 3) and `label` int32 (B,). Metrics are scalars: loss, top1 (share; of mixed
   images those that are taken for the class of which they have the most), grad_norm, and attention_cosine where it is
@@ -125,7 +127,7 @@ def make_train_step(
     if augment is not None:
       key, augment_key = jax.random.split(key)
       images, labels = augment(augment_key, images, labels)
-    model = nnx.merge(graphdef, params, stats)
+    model = nnx.merge(graphdef, gather(params), stats)
     logits, out = model(images, train=not linear_probe, rngs=nnx.Rngs(key))
     loss = smoothed_cross_entropy(logits, labels, label_smoothing).mean()
     classes = labels if labels.ndim == 1 else jnp.argmax(labels, axis=-1)
