@@ -62,6 +62,10 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   compare.add_argument("--models", metavar="NAME,...", help="models to compare (default: all)")
   compare.add_argument("--fusion", action="store_true", help="CrossViT-S under the five fusions of the paper's Table 6")
 
+  collectives = add("collectives", "print what a training step moves between the devices of a mesh, and keeps on each; "
+                    "needs neither the devices nor the dataset", with_config, with_output)  # fmt: skip
+  collectives.add_argument("--num-classes", metavar="N", type=int, default=1000, help="of the dataset (default: 1000)")
+
   runs = argparse.ArgumentParser(add_help=False)
   runs.add_argument("--workdir", metavar="DIR", action="append", help="folder of the run; repeat to compare several")
   thresholds = argparse.ArgumentParser(add_help=False)
@@ -128,6 +132,15 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     convert.convert(
       args.source or args.workdir or configs.default_workdir(spec), args.target, args.model, args.num_classes, overrides
     )
+    return
+
+  if args.command == "collectives":
+    from vit_jax_ext.analysis import collectives
+
+    config = configs.load_config(spec)
+    configs.override(config, overrides)
+    collectives.simulate_devices(config.mesh)
+    collectives.report(config, args.num_classes, args.output)
     return
 
   workdir = args.workdir or configs.default_workdir(spec) + ("-smoke" if "smoke=True" in overrides else "")
