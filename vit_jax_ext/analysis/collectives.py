@@ -129,14 +129,14 @@ def report(config: ml_collections.ConfigDict, num_classes: int, output: str | No
   total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
   result = {
     "model": config.model.name,
-    "mesh": {axis: config.mesh[axis] for axis in sharding.AXES},
+    "mesh": sharding.axis_sizes(experiment.mesh),
     "batch_size": config.batch_size,
     "parameters": sum(param.size for param in jax.tree.leaves(state.params)),
     "remarks": experiment.layout.remarks(),
     "collectives": by_kind,
     "device": {
-      "state": _bytes_per_device(state, experiment.places),
-      "batch": _bytes_per_device(batch, jax.tree.broadcast(experiment.by_batch, batch)),
+      "state": sharding.bytes_per_device(state, experiment.places),
+      "batch": sharding.bytes_per_device(batch, jax.tree.broadcast(experiment.by_batch, batch)),
       "temporaries": memory.temp_size_in_bytes,
       "total": total + memory.temp_size_in_bytes,
     },
@@ -145,11 +145,6 @@ def report(config: ml_collections.ConfigDict, num_classes: int, output: str | No
   if output:
     write_json(output, "collectives.json", result)
   return result
-
-
-def _bytes_per_device(tree: Any, shardings: Any) -> int:
-  sizes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings)
-  return sum(jax.tree.leaves(sizes))
 
 
 def _print(result: dict[str, Any]) -> None:
