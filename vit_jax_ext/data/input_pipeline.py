@@ -7,25 +7,21 @@ steps saw is skipped undecoded.
 import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import itertools
-import os
 from typing import Any
 
-from absl import logging
 import jax
 import numpy as np
 import tensorflow as tf
 
 from vit_jax_ext.data import preprocess, randaugment
 from vit_jax_ext.data.datasets import Dataset
+from vit_jax_ext.data.unreadable import Unreadable, map_or_flag
 from vit_jax_ext.errors import UserError
 
 Batch = dict[str, Any]  # image (B, H, W, 3) uint8, label (B,) int32; in evaluation also mask (B,) bool
 
 # Encoded image and seed, int64 (2,), to uint8 (height, width, 3).
 Augmentation = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
-DECODERS = 2 * os.cpu_count()  # images at work at a time
-
-tf.config.set_visible_devices([], "GPU")  # the accelerators belong to JAX
 
 
 def train_augmentation(
@@ -117,8 +113,8 @@ def train_batches(
     return order.batch(max(1, batch_size // repeats)).flat_map(copies)
 
   epochs = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
-  images = _decode(epochs.flat_map(epoch_examples).skip(used), augment, image_size)
-  batches = images.batch(batch_size, drop_remainder=True).take(total_steps - first_step)
+  batches = _decode(epochs.flat_map(epoch_examples).skip(used), augment, image_size, batch_size, drop_remainder=True)
+  batches = batches.take(total_steps - first_step)
   unreadable = Unreadable(dataset, split, max_unreadable)
   for batch in unreadable.watch(batches):
     readable = np.flatnonzero(batch["readable"])
@@ -148,9 +144,12 @@ def eval_batches(
     return preprocess.resize_and_center_crop(preprocess.decode(encoded), image_size, crop)
 
   examples = dataset.examples(split, host, hosts)
-  images = _decode(examples.map(lambda index, example: (tf.stack([0, index]), index, example)), center, image_size)
-  batches = Unreadable(dataset, split, max_unreadable).watch(images.batch(batch_size))
-  nothing = {key: np.zeros((0, *spec.shape), spec.dtype.as_numpy_dtype) for key, spec in images.element_spec.items()}
+  examples = examples.map(lambda index, example: (tf.stack([0, index]), index, example))
+  decoded = _decode(examples, center, image_size, batch_size, drop_remainder=False)
+  batches = Unreadable(dataset, split, max_unreadable).watch(decoded)
+  nothing = {
+    key: np.zeros((0, *spec.shape[1:]), spec.dtype.as_numpy_dtype) for key, spec in decoded.element_spec.items()
+  }
   largest_share = -(-dataset.num_examples(split) // hosts)
   for _ in range(-(-largest_share // batch_size)):
     batch = next(batches, nothing)
@@ -159,69 +158,26 @@ def eval_batches(
     yield {key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) for key, value in batch.items()}
 
 
-def _decode(examples: tf.data.Dataset, augment: Augmentation, image_size: tuple[int, int]) -> tf.data.Dataset:
-  """Turns (seed, index, example) into {image, label, name, index, readable}, in order; what is unreadable is black.
+def _decode(
+  examples: tf.data.Dataset,
+  augment: Augmentation,
+  image_size: tuple[int, int],
+  batch_size: int,
+  *,
+  drop_remainder: bool,
+) -> tf.data.Dataset:
+  """Turns (seed, index, example) into batches of image, label, name, index, readable; what is unreadable is black."""
 
-  A map would end with the first image that cannot be decoded. Here each is a dataset of its own, whose error is ignored
-  and which then goes on to its second element, the black one.
-  """
+  def split(seed, index, example):
+    return {"label": example["label"], "name": example["name"], "index": index}, (example["image"], seed)
 
-  def decode(seed, index, example):
-    encoded = tf.data.Dataset.from_tensors(example["image"])
-    image = encoded.map(lambda image: (tf.ensure_shape(augment(image, seed), (*image_size, 3)), True)).ignore_errors()
-    black = tf.data.Dataset.from_tensors((tf.zeros((*image_size, 3), tf.uint8), False))
-    rest = {"label": example["label"], "name": example["name"], "index": index}
-    return image.concatenate(black).take(1).map(lambda image, readable: {"image": image, "readable": readable} | rest)
+  def join(known, readable, image):
+    return known | {"readable": readable, "image": tf.ensure_shape(image, (None, *image_size, 3))}
 
-  return examples.interleave(
-    decode, cycle_length=DECODERS, block_length=1, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+  batches = map_or_flag(
+    examples.map(split), lambda example: augment(*example), batch_size, drop_remainder=drop_remainder
   )
-
-
-class Unreadable:
-  """Watches for images that cannot be decoded: names each in the log, and ends the run when there are too many.
-
-  Args:
-    dataset, split: what is read.
-    share: of the split's images, beyond which it ends.
-  """
-
-  def __init__(self, dataset: Dataset, split: str, share: float):
-    self._dataset, self._split, self._share = dataset, split, share
-    self._names: dict[int, str] = {}
-
-  def watch(self, batches: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the batches.
-
-    Raises:
-      UserError: too many images of them are unreadable, all of a batch, or the dataset itself is.
-    """
-    try:
-      for batch in batches.prefetch(tf.data.AUTOTUNE).as_numpy_iterator():
-        for i in np.flatnonzero(~batch["readable"]):
-          self._note(batch["index"][i], batch["name"][i].decode())
-        if not batch["readable"].any():
-          raise self._too_many()
-        yield batch
-    except tf.errors.OpError as error:
-      why = " ".join(error.message.split())[-240:]  # the cause comes last
-      raise UserError(f"dataset {self._dataset.name!r} cannot be read: {why}; check its files") from None
-
-  def _note(self, index: int, name: str) -> None:
-    if index in self._names:
-      return
-    self._names[index] = name or f"number {index} of {self._split}"
-    logging.warning("image %s cannot be decoded; it is left out", self._names[index])
-    if len(self._names) > self._share * self._dataset.num_examples(self._split):
-      raise self._too_many()
-
-  def _too_many(self) -> UserError:
-    names = list(self._names.values())
-    rest = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return UserError(
-      f"{len(names)} of {self._dataset.num_examples(self._split)} images of {self._dataset.name}/{self._split} cannot "
-      f"be decoded: {', '.join(names[:20])}{rest}; mend them, or raise --config.dataset.max_unreadable"
-    )
+  return batches.map(join)
 
 
 def prefetch_to_devices(batches: Iterator[Batch], sharding: jax.sharding.Sharding, size: int = 2) -> Iterator[Batch]:
