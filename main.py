@@ -38,6 +38,9 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
       formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
 
+  add(
+    "doctor", "check dataset, devices, memory, weights and workdir in seconds, before a long run", common, with_config
+  )
   add("train", "train a model, or continue where an earlier run in the workdir stopped", common, with_config)
   add(
     "evaluate",
@@ -55,6 +58,10 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   convert.add_argument("target", metavar="FILE", help="new file, .safetensors or .pth")
   convert.add_argument("--model", metavar="NAME", help="whose weights they are (default: the run's)")
   convert.add_argument("--num-classes", metavar="N", type=int, help="another number of classes: a new classifier")
+  collectives = add("collectives", "print what a training step moves between the devices of a mesh, and keeps on each; "
+                    "needs neither the devices nor the dataset", with_config, with_output)  # fmt: skip
+  collectives.add_argument("--num-classes", metavar="N", type=int, default=1000, help="of the dataset (default: 1000)")
+
   runs = argparse.ArgumentParser(add_help=False)
   runs.add_argument("--workdir", metavar="DIR", action="append", help="folder of the run; repeat to compare several")
   compare = add(
@@ -141,17 +148,30 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     )
     return
 
-  workdir = args.workdir or configs.default_workdir(spec)
-  from_file = args.command == "train" or pretrained
+  if args.command == "collectives":
+    from vit_jax_ext.analysis import collectives
+
+    config = configs.load_config(spec)
+    configs.override(config, overrides)
+    collectives.simulate_devices(config.mesh)
+    collectives.report(config, args.num_classes, args.output)
+    return
+
+  workdir = args.workdir or configs.default_workdir(spec) + ("-smoke" if "smoke=True" in overrides else "")
+  from_file = args.command in ("train", "doctor") or pretrained
   config = configs.load_config(spec) if from_file else configs.read_workdir_config(workdir)
   configs.override(config, overrides)
-  if args.command != "train" and pretrained:
+  if args.command in ("evaluate", "predict") and pretrained:
     workdir = None
 
   if args.command == "train":
     from vit_jax_ext.training.train import train
 
     train(config, workdir)
+  elif args.command == "doctor":
+    from vit_jax_ext.training.doctor import doctor
+
+    doctor(config, workdir)
   elif args.command == "evaluate":
     from vit_jax_ext.training.evaluate import evaluate_weights
 

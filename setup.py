@@ -26,6 +26,7 @@ setup(
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "rich>=15,<16",
+    "psutil>=7.2,<8",
     "requests>=2.34,<3",
     "safetensors>=0.8,<0.9",
     "scikit-learn>=1.9,<2",  # carries the digits
@@ -41,7 +42,6 @@ setup(
       "hypothesis>=6.170,<7",
       "pillow>=13,<14",
       "playwright>=1.65,<2",  # drives a Chromium that is installed otherwise
-      "psutil>=7.2,<8",
       "pytest>=9,<10",
       "pytest-xdist>=3.8,<4",
       "ruff>=0.17.5,<0.18",

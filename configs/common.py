@@ -28,8 +28,17 @@ def base_config() -> ConfigDict:
   config.dataset.shift = 0.0  # augmentation: largest displacement, share of a side
   config.dataset.scale = 0.0  # augmentation: largest change of size
 
-  # Augmentation in the training step, on the device; see vit_jax_ext/training/mixup.py.
+  config.dataset.max_unreadable = 0.01  # share of the images; more that cannot be decoded end the run
+
   config.augment = ConfigDict()
+  # On the host; see vit_jax_ext/data/input_pipeline.py.
+  config.augment.crop_scale = ()  # random crop of a share of the area within these bounds; (): the whole image
+  config.augment.interpolation = "bicubic"  # or "bilinear", or "random": one of the two for each image
+  config.augment.flip = 0.0  # probability
+  config.augment.randaugment = ""  # timm's name, such as rand-m9-mstd0.5-inc1
+  config.augment.color_jitter = 0.0  # of brightness, contrast and saturation
+  config.augment.repeats = 1  # how often an image comes before the next ones
+  # In the training step, on the device; see vit_jax_ext/training/mixup.py.
   config.augment.mixup = 0.0  # alpha of its Beta distribution; 0: off
   config.augment.cutmix = 0.0  # likewise
   config.augment.switch_probability = 0.5  # of cutmix instead of mixup, where both are on

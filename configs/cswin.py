@@ -41,6 +41,6 @@ def recipe(model: str, size: str):
   config.augment.mixing_batch = per_gpu
   config.augment.erase_mixed = True  # main.py is timm's train.py: its loader erases last
   config.when_smoke.model = dict(
-    overrides=dict(image_size=64, depth=(2, 1), split_size=(1, 2), num_heads=(4, 8) if size == "base" else (2, 4))
+    overrides=dict(image_size=64, depth=(2, 1), embed_dim=16, num_heads=(2, 4), split_size=(1, 2))
   )
   return config

@@ -54,5 +54,5 @@ def recipe(model: str):
   config.augment.repeats = 1  # use_repeated_aug: false
   config.augment.erase_mixed = True  # train.py of timm: its loader erases last
   config.ema_decay = 0.99996
-  config.when_smoke.model = dict(overrides=dict(image_size=32, depth=2))
+  config.when_smoke.model = dict(overrides=dict(image_size=32, depth=2, embed_dim=24, num_heads=4))
   return config

@@ -35,6 +35,6 @@ def recipe(model: str, size: str):
   config.optimizer.clip_norm = 5.0
   config.augment.repeats = 1  # not used
   config.when_smoke.model = dict(
-    overrides=dict(image_size=64, depths=(2, 2), num_heads=(4, 8) if size == "base" else (3, 6))
+    overrides=dict(image_size=64, depths=(2, 1), embed_dim=16, num_heads=(2, 4), window_size=4)
   )
   return config

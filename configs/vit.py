@@ -25,5 +25,5 @@ def get_config(variant: str = "deit_small"):
     return deepvit.recipe(f"vit_{variant}")  # no script of their own is published
   config = common.deit_recipe(f"{variant}_patch16_224", batch_size=1024)
   config.augment.mixing_batch = 64 if variant == "deit_base" else 256  # README's commands: images per GPU
-  config.when_smoke.model = dict(overrides=dict(image_size=32, depth=2))
+  config.when_smoke.model = dict(overrides=dict(image_size=32, depth=2, embed_dim=24, num_heads=4))
   return config

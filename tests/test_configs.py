@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+import main
 import vit_jax_ext as vx
 from vit_jax_ext import config as configs
 from vit_jax_ext.models import registry
@@ -168,3 +169,12 @@ def test_smoke_shrinks_the_run(spec):
     assert config.dataset.name == "synthetic"
     assert config.model.overrides.image_size <= 64
   assert load(spec, "smoke=False") == load(spec)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_smoke(spec, tmp_path):
+  """Two steps and an evaluation on synthetic images."""
+  main.run(*main.parse_args([f"--config={spec}", f"--workdir={tmp_path}", "--config.smoke=True"]))
+  rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert [row["step"] for row in rows] == [1, 2, 2]
+  assert {"eval/loss", "eval/top1", "eval/top5", "eval/ece"} <= rows[-1].keys()

@@ -142,21 +142,32 @@ def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
   Raises:
     UserError: the folder cannot be written, belongs to another config, or holds something else.
   """
-  new = json.loads(config.to_json_best_effort())
+  check_workdir(workdir, config)
   path = os.path.join(workdir, "config.json")
+  if os.path.exists(path):
+    return
   try:
     os.makedirs(workdir, exist_ok=True)
-    if not os.path.exists(path):
-      if os.path.exists(os.path.join(workdir, "checkpoints")):
-        raise UserError(f"workdir {workdir} holds checkpoints without a config.json; choose another --workdir")
-      with open(path + ".tmp", "w") as file:
-        json.dump(new, file, indent=2)
-      os.replace(path + ".tmp", path)
-      return
+    with open(path + ".tmp", "w") as file:
+      json.dump(json.loads(config.to_json_best_effort()), file, indent=2)
+    os.replace(path + ".tmp", path)
   except OSError as error:
     raise UserError(f"workdir {workdir} cannot be written: {error.strerror}; choose another --workdir") from None
+
+
+def check_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
+  """Checks that a run in `workdir`, if there is one, has this config.
+
+  Raises:
+    UserError: it has another one, or the folder holds something else.
+  """
+  if not os.path.exists(os.path.join(workdir, "config.json")):
+    if os.path.exists(os.path.join(workdir, "checkpoints")):
+      raise UserError(f"workdir {workdir} holds checkpoints without a config.json; choose another --workdir")
+    return
+  new = json.loads(config.to_json_best_effort())
   old, new = _flatten(read_workdir_config(workdir).to_dict()), _flatten(new)
-  for key in sorted(old.keys() | new.keys()):
+  for key in sorted(old):  # a key that did not exist then has its default now, which changes nothing
     if not key.startswith(FREE_KEYS) and old.get(key) != new.get(key):
       raise UserError(
         f"workdir {workdir} was made with config.{key}={old.get(key)}, this run has {new.get(key)}; "

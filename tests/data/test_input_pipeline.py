@@ -3,8 +3,10 @@
 import collections
 import io
 
+import jax
 import numpy as np
 import PIL.Image
+import psutil
 import pytest
 import scipy.ndimage
 import sklearn.datasets
@@ -25,12 +27,16 @@ def decoded(dataset, split):
     yield {"image": np.asarray(PIL.Image.open(io.BytesIO(example["image"])))[..., None], "label": example["label"]}
 
 
-def train_batches(dataset, count, **kw):
-  options = (
-    dict(batch_size=50, image_size=(8, 8), seed=0, first_step=0, shuffle_buffer=10_000, shift=0.0, scale=0.0) | kw
-  )
+PLAIN = dict(crop_scale=(), interpolation="bicubic", flip=0.0, randaugment="", color_jitter=0.0)
+RECIPE = dict(crop_scale=(0.08, 1.0), interpolation="random", flip=0.5, randaugment="rand-m9-mstd0.5-inc1",
+              color_jitter=0.4)  # fmt: skip
+
+
+def train_batches(dataset, count, *, augment=PLAIN, shift=0.0, scale=0.0, image_size=(8, 8), **kw):
+  options = dict(batch_size=50, seed=0, first_step=0, shuffle_buffer=10_000) | kw
   options["total_steps"] = options["first_step"] + count
-  batches = list(input_pipeline.train_batches(dataset, "train", **options))
+  augmentation = input_pipeline.train_augmentation(augment, image_size, (0.5, 0.5, 0.5), shift, scale)
+  batches = list(input_pipeline.train_batches(dataset, "train", image_size=image_size, augment=augmentation, **options))
   assert len(batches) == count
   return batches
 
@@ -62,14 +68,112 @@ def test_an_epoch_holds_every_image_once(dataset):
   assert batches[0]["label"].dtype == np.int32
 
 
-@pytest.mark.parametrize("first_step", [1, 28, 29, 70])
-def test_starting_late_continues_exactly(dataset, first_step):
-  kw = dict(shift=0.1, scale=0.2, image_size=(16, 16))
-  whole = train_batches(dataset, first_step + 3, **kw)[first_step:]
-  late = train_batches(dataset, 3, first_step=first_step, **kw)
+@pytest.mark.parametrize(
+  ("first_step", "options"),
+  [
+    (1, dict(shift=0.1, scale=0.2)),
+    (29, dict(shift=0.1, scale=0.2)),
+    (70, dict(augment=PLAIN | dict(crop_scale=(0.1, 1), flip=0.5), repeats=3)),
+    (30, dict(augment=RECIPE)),
+  ],
+)
+def test_starting_late_continues_exactly(dataset, first_step, options):
+  options = dict(image_size=(16, 16)) | options
+  whole = train_batches(dataset, first_step + 3, **options)[first_step:]
+  late = train_batches(dataset, 3, first_step=first_step, **options)
   for a, b in zip(whole, late, strict=True):
     np.testing.assert_array_equal(a["image"], b["image"])
     np.testing.assert_array_equal(a["label"], b["label"])
+
+
+def test_repeated_augmentation_shows_each_image_three_times(dataset):
+  """Within the same passes over the data, the copies in different thirds of a batch, each with its own augmentation."""
+  batches = train_batches(dataset, 87, batch_size=51, repeats=3)  # three epochs and a little more
+  images = [image.tobytes() for batch in batches for image in batch["image"]][: 3 * 1437]
+  counts = collections.Counter(images)
+  everything = collections.Counter(e["image"].repeat(3, -1).tobytes() for e in decoded(dataset, "train"))
+  assert counts == collections.Counter({image: 3 * count for image, count in everything.items()})
+  assert images[:17] == images[17:34] == images[34:51]
+  (batch,) = train_batches(dataset, 1, batch_size=51, repeats=3, augment=PLAIN | dict(crop_scale=(0.3, 0.6)))
+  thirds = batch["image"].reshape(3, 17, -1).astype(int)
+  assert all(np.abs(thirds[i] - thirds[j]).mean() > 5 for i, j in ((0, 1), (1, 2), (0, 2)))
+
+
+def test_hosts_share_an_epoch(dataset, monkeypatch):
+  """Three hosts together see every image once, with the augmentation that it has for one host alone."""
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  seen = []
+  for host in range(3):
+    monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+    (batch,) = train_batches(dataset, 1, batch_size=479, shift=0.2)
+    seen += [image.tobytes() for image in batch["image"]]
+  monkeypatch.undo()
+  (batch,) = train_batches(dataset, 1, batch_size=1437, shift=0.2)
+  assert sorted(seen) == sorted(image.tobytes() for image in batch["image"])
+
+
+def test_memory_does_not_grow_over_epochs(dataset):
+  options = dict(batch_size=479, seed=0, first_step=0, shuffle_buffer=10_000, total_steps=75, image_size=(24, 24))
+  augmentation = input_pipeline.train_augmentation(
+    PLAIN | dict(crop_scale=(0.1, 1.0), flip=0.5), (24, 24), (0.5, 0.5, 0.5), 0.0, 0.0
+  )
+  used = []
+  for step, _ in enumerate(input_pipeline.train_batches(dataset, "train", augment=augmentation, **options)):
+    if step in (14, 74):  # the fifth epoch, and the twenty-fifth
+      used.append(psutil.Process().memory_info().rss / 2**20)
+  assert used[1] - used[0] < 20, used  # MiB
+
+
+@pytest.fixture
+def broken(tmp_path):
+  """Two classes of ten grey images each, of which three cannot be decoded in three ways."""
+  for i in range(20):
+    folder = tmp_path / "grey" / ("a" if i < 10 else "b")
+    folder.mkdir(parents=True, exist_ok=True)
+    PIL.Image.new("RGB", (40, 40), (10 * i + 5,) * 3).save(folder / f"{i:02}.jpg", quality=95)
+  whole = (tmp_path / "grey" / "a" / "01.jpg").read_bytes()
+  (tmp_path / "grey" / "a" / "00.jpg").write_bytes(whole[: len(whole) // 2])
+  (tmp_path / "grey" / "a" / "05.jpg").write_bytes(b"")
+  (tmp_path / "grey" / "b" / "15.jpg").write_text("<html>not found</html>")
+  return datasets.open_dataset(str(tmp_path / "grey"), None)
+
+
+BROKEN = {0, 5, 15}
+
+
+@pytest.mark.parametrize("augment", [PLAIN, PLAIN | dict(crop_scale=(0.5, 1.0))])
+def test_unreadable_images_are_replaced_and_named(broken, augment, caplog):
+  batches = train_batches(broken, 4, batch_size=10, augment=augment, max_unreadable=0.2)
+  for batch in batches:
+    greys = batch["image"][:, 4, 4, 0].astype(int) // 10
+    np.testing.assert_array_equal(batch["label"], greys >= 10)
+    assert not set(greys.tolist()) & BROKEN
+  assert len({tuple(greys) for greys in (batch["image"][:, 4, 4, 0] for batch in batches)}) == 4
+  named = [record.getMessage() for record in caplog.records if "cannot be decoded" in record.getMessage()]
+  assert len(named) == 3  # once each, although two epochs met them
+  assert all(any(f"/{i:02}.jpg" in message for message in named) for i in BROKEN)
+
+
+def test_unreadable_images_are_not_evaluated(broken):
+  batches = list(
+    input_pipeline.eval_batches(broken, "train", batch_size=8, image_size=(8, 8), crop=1.0, max_unreadable=0.2)
+  )
+  greys = [grey // 10 for batch in batches for grey in batch["image"][batch["mask"]][:, 4, 4, 0].tolist()]
+  assert sorted(greys) == sorted(set(range(20)) - BROKEN)
+
+
+def test_too_many_unreadable_images_end_the_run(broken):
+  with pytest.raises(vx.UserError) as error:
+    train_batches(broken, 4, batch_size=10, max_unreadable=0.1)
+  assert "3 of 20 images" in str(error.value)
+  assert all(f"/{i:02}.jpg" in str(error.value) for i in BROKEN)
+  assert "max_unreadable" in str(error.value)
+
+
+def test_a_file_that_vanishes_is_one_line(broken, tmp_path):
+  (tmp_path / "grey" / "a" / "03.jpg").unlink()
+  with pytest.raises(vx.UserError, match=r"03\.jpg"):
+    train_batches(broken, 4, batch_size=10, max_unreadable=0.5)
 
 
 def test_seeds_change_order_and_augmentation(dataset):

@@ -153,9 +153,14 @@ def attention(clustering="balanced", overlap=2, grid=(4, 6)):
   return module
 
 
+def packed_qkv(module, x):
+  """Queries, keys and values side by side, each head after head: (tokens, 3 * 8)."""
+  return np.asarray(x) @ np.asarray(module.qkv.kernel[...]) + np.asarray(module.qkv.bias[...])
+
+
 def expected_attention(module, x, groups):
   """FSLA from its definition; `groups` gives for each head pairs (queries, keys) of token indices."""
-  q, k, v = (np.asarray(part).reshape(-1, 2, 4) for part in np.split(np.asarray(module.qkv(x)), 3, axis=-1))
+  q, k, v = (part.reshape(-1, 2, 4) for part in np.split(packed_qkv(module, x), 3, axis=-1))
   y = v.copy()
   for head in range(2):
     for queries, keys in groups[head]:
@@ -171,7 +176,7 @@ def test_feature_attention_is_its_definition(overlap):
     module = attention(overlap=overlap)
     x = jax.random.normal(jax.random.key(0), (1, 24, 8), jnp.float64)
     y, clusters = forward(module, x)
-    q = np.asarray(module.qkv(x))[0, :, :8].reshape(24, 2, 4)
+    q = packed_qkv(module, x[0])[:, :8].reshape(24, 2, 4)
     lent, groups = min(overlap, 3), []
     for head in range(2):
       order = transcription(q[:, head], 3).reshape(4, 2, 3)

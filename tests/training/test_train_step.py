@@ -275,8 +275,8 @@ def test_cross_entropy_equals_numpy(smoothing):
 
 @pytest.mark.parametrize(
   ("shape", "sizes"),
-  [(dict(data=-1, fsdp=1, model=1), (8, 1, 1)), (dict(data=2, fsdp=-1, model=2), (2, 2, 2)),
-   (dict(data=1, fsdp=8, model=1), (1, 8, 1))],
+  [(dict(data=-1, fsdp=1, model=1), (8, 1)), (dict(data=2, fsdp=-1, model=2), (2, 2, 2)),
+   (dict(data=1, fsdp=8, model=1), (1, 2, 2, 2, 1))],
 )  # fmt: skip
 def test_mesh(shape, sizes):
   mesh = sharding.make_mesh(shape)

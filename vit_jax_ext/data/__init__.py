@@ -1,1 +1,14 @@
 """Input pipelines; TensorFlow lives here and nowhere else."""
+
+import os
+
+import tensorflow as tf
+
+tf.config.set_visible_devices([], "GPU")  # the accelerators belong to JAX
+
+# XLA_FLAGS are meant for JAX. TensorFlow's own, older XLA ends the process over a flag that it does not know, so it
+# compiles its first program, which is when it reads them, without any.
+_flags = os.environ.pop("XLA_FLAGS", None)
+tf.function(tf.identity, autograph=False, jit_compile=True)(0)
+if _flags is not None:
+  os.environ["XLA_FLAGS"] = _flags

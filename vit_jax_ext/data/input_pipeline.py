@@ -5,7 +5,7 @@ steps saw is skipped undecoded.
 """
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import itertools
 from typing import Any
 
@@ -13,13 +13,49 @@ import jax
 import numpy as np
 import tensorflow as tf
 
-from vit_jax_ext.data import preprocess
+from vit_jax_ext.data import preprocess, randaugment
 from vit_jax_ext.data.datasets import Dataset
+from vit_jax_ext.data.unreadable import Unreadable, map_or_flag
 from vit_jax_ext.errors import UserError
 
 Batch = dict[str, Any]  # image (B, H, W, 3) uint8, label (B,) int32; in evaluation also mask (B,) bool
 
-tf.config.set_visible_devices([], "GPU")  # the accelerators belong to JAX
+# Encoded image and seed, int64 (2,), to uint8 (height, width, 3).
+Augmentation = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+
+
+def train_augmentation(
+  augment: Mapping[str, Any], image_size: tuple[int, int], mean: Sequence[float], shift: float, scale: float
+) -> Augmentation:
+  """Returns the host's part of the augmentation: geometry and photometry, on uint8; the rest is `mixup.augment`'s.
+
+  Args:
+    augment: of the config: crop_scale, interpolation, flip, randaugment, color_jitter.
+    image_size: (height, width) of its results.
+    mean: colour of what comes in from outside, in [0, 1].
+    shift, scale: see `preprocess.random_shift_and_scale`.
+  """
+  policy = randaugment.parse(augment["randaugment"]) if augment["randaugment"] else None
+  fill = tuple(min(255, round(255 * value)) for value in mean)
+
+  def apply(encoded, seed):
+    if augment["crop_scale"]:
+      image = preprocess.random_resized_crop(
+        encoded, image_size, seed, scale=augment["crop_scale"], interpolation=augment["interpolation"]
+      )
+    else:
+      image = preprocess.resize_and_center_crop(preprocess.decode(encoded), image_size, crop=1.0)
+    if augment["flip"]:
+      image = preprocess.random_flip(image, seed, augment["flip"])
+    if policy:
+      image = randaugment.rand_augment(image, seed, policy, fill, augment["interpolation"])
+    if augment["color_jitter"]:
+      image = preprocess.color_jitter(image, seed, augment["color_jitter"])
+    if shift or scale:
+      image = preprocess.random_shift_and_scale(image, seed, shift, scale)
+    return image
+
+  return apply
 
 
 def train_batches(
@@ -32,10 +68,13 @@ def train_batches(
   first_step: int,
   total_steps: int,
   shuffle_buffer: int,
-  shift: float,
-  scale: float,
+  augment: Augmentation,
+  repeats: int = 1,
+  max_unreadable: float = 0.0,
 ) -> Iterator[Batch]:
   """Yields this host's batches of the steps after `first_step`; epochs follow each other without a gap.
+
+  An image that cannot be decoded is logged, and the next readable one of the batch is taken twice.
 
   Args:
     dataset: where the images are from.
@@ -46,50 +85,99 @@ def train_batches(
     first_step: batches that an earlier run has used.
     total_steps: batches of the whole training. An endless dataset would keep working, and delay the end by seconds.
     shuffle_buffer: examples among which the next one is drawn.
-    shift, scale: see `preprocess.random_shift_and_scale`.
+    augment: see `train_augmentation`.
+    repeats: repeated augmentation (Hoffer et al. 2020): how often each image comes, differently augmented. The copies
+      are as far apart as a batch allows, so that none is mixed with another.
+    max_unreadable: see `Unreadable`.
+
+  Raises:
+    UserError: the dataset cannot be read, or too many of its images.
   """
   examples = dataset.examples(split, jax.process_index(), jax.process_count())
   per_epoch = examples.cardinality().numpy()
-  first_epoch, used = divmod(first_step * batch_size, per_epoch)
+  first_epoch, used = divmod(first_step * batch_size, per_epoch * repeats)
 
   def epoch_examples(epoch):
     epoch_seed = seed * 2**32 + epoch
     order = examples.shuffle(min(shuffle_buffer, per_epoch), seed=epoch_seed, reshuffle_each_iteration=False)
-    return order.map(lambda index, example: (tf.stack([epoch_seed, index]), example))
 
-  def preprocess_example(example_seed, example):
-    image = preprocess.decode(example["image"])
-    image = preprocess.resize_and_center_crop(image, image_size, crop=1.0)
-    image = preprocess.random_shift_and_scale(image, example_seed, shift, scale)
-    return {"image": image, "label": example["label"]}
+    def copies(indices, group):
+      def copy(number):
+        seeds = tf.stack([tf.fill(tf.shape(indices), epoch_seed), indices * repeats + number], axis=-1)
+        return tf.data.Dataset.from_tensor_slices((seeds, indices, group))
+
+      return tf.data.Dataset.range(repeats).flat_map(copy)
+
+    if repeats == 1:
+      return order.map(lambda index, example: (tf.stack([epoch_seed, index]), index, example))
+    return order.batch(max(1, batch_size // repeats)).flat_map(copies)
 
   epochs = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
-  images = epochs.flat_map(epoch_examples).skip(used).map(preprocess_example, num_parallel_calls=tf.data.AUTOTUNE)
-  batches = images.batch(batch_size, drop_remainder=True).take(total_steps - first_step)
-  return batches.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+  batches = _decode(epochs.flat_map(epoch_examples).skip(used), augment, image_size, batch_size, drop_remainder=True)
+  batches = batches.take(total_steps - first_step)
+  unreadable = Unreadable(dataset, split, max_unreadable)
+  for batch in unreadable.watch(batches):
+    readable = np.flatnonzero(batch["readable"])
+    chosen = readable[np.searchsorted(readable, np.arange(batch_size)) % len(readable)]
+    yield {key: batch[key] if len(readable) == batch_size else batch[key][chosen] for key in ("image", "label")}
 
 
 def eval_batches(
-  dataset: Dataset, split: str, *, batch_size: int, image_size: tuple[int, int], crop: float
+  dataset: Dataset,
+  split: str,
+  *,
+  batch_size: int,
+  image_size: tuple[int, int],
+  crop: float,
+  max_unreadable: float = 0.0,
 ) -> Iterator[Batch]:
-  """Yields this host's share of a split once, as full batches whose `mask` is False on padding.
+  """Yields this host's share of a split once, as full batches whose `mask` is False on padding and unreadable images.
 
   Every host yields the same number of batches.
+
+  Raises:
+    UserError: the dataset cannot be read, or too many of its images.
   """
   hosts, host = jax.process_count(), jax.process_index()
 
-  def preprocess_example(_, example):
-    image = preprocess.resize_and_center_crop(preprocess.decode(example["image"]), image_size, crop)
-    return {"image": image, "label": example["label"], "mask": True}
+  def center(encoded, _):
+    return preprocess.resize_and_center_crop(preprocess.decode(encoded), image_size, crop)
 
-  images = dataset.examples(split, host, hosts).map(preprocess_example, num_parallel_calls=tf.data.AUTOTUNE)
-  batches = images.batch(batch_size).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
-  nothing = {key: np.zeros((0, *spec.shape), spec.dtype.as_numpy_dtype) for key, spec in images.element_spec.items()}
+  examples = dataset.examples(split, host, hosts)
+  examples = examples.map(lambda index, example: (tf.stack([0, index]), index, example))
+  decoded = _decode(examples, center, image_size, batch_size, drop_remainder=False)
+  batches = Unreadable(dataset, split, max_unreadable).watch(decoded)
+  nothing = {
+    key: np.zeros((0, *spec.shape[1:]), spec.dtype.as_numpy_dtype) for key, spec in decoded.element_spec.items()
+  }
   largest_share = -(-dataset.num_examples(split) // hosts)
   for _ in range(-(-largest_share // batch_size)):
     batch = next(batches, nothing)
+    batch = {"image": batch["image"], "label": batch["label"], "mask": batch["readable"]}
     missing = batch_size - len(batch["label"])
     yield {key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) for key, value in batch.items()}
+
+
+def _decode(
+  examples: tf.data.Dataset,
+  augment: Augmentation,
+  image_size: tuple[int, int],
+  batch_size: int,
+  *,
+  drop_remainder: bool,
+) -> tf.data.Dataset:
+  """Turns (seed, index, example) into batches of image, label, name, index, readable; what is unreadable is black."""
+
+  def split(seed, index, example):
+    return {"label": example["label"], "name": example["name"], "index": index}, (example["image"], seed)
+
+  def join(known, readable, image):
+    return known | {"readable": readable, "image": tf.ensure_shape(image, (None, *image_size, 3))}
+
+  batches = map_or_flag(
+    examples.map(split), lambda example: augment(*example), batch_size, drop_remainder=drop_remainder
+  )
+  return batches.map(join)
 
 
 def prefetch_to_devices(batches: Iterator[Batch], sharding: jax.sharding.Sharding, size: int = 2) -> Iterator[Batch]:

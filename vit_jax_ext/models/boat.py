@@ -160,7 +160,7 @@ class FeatureAttention(nnx.Module):
   ):
     self.num_heads, self.grid, self.scale, self.options = num_heads, grid, scale, options
     self.levels = cluster_levels(math.prod(grid), options.cluster_size)
-    self.qkv = Linear(dim, 3 * dim, **kw)
+    self.qkv = layers.PackedQKV(dim, num_heads, **kw)
     self.proj = Linear(dim, dim, **kw)
     self.get_v = layers.DepthwiseConv(dim, **kw)
     self.attn_drop = nnx.Dropout(attn_drop_rate)
@@ -191,7 +191,7 @@ class FeatureAttention(nnx.Module):
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, jax.Array]:
     """Returns the new tokens (B, N, C) and the cluster of each token for each head, (B, heads, N) int."""
     batch, tokens, dim = x.shape
-    qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1)
+    qkv = self.qkv(x)
     q, k, v = (qkv[:, :, i].swapaxes(1, 2) for i in range(3))
     attend = self.attend_balanced if self.options.clustering == "balanced" else self.attend_kmeans
     y, clusters = attend(q, k, v, rngs)

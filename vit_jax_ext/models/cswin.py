@@ -44,15 +44,29 @@ class StripeAttention(nnx.Module):
     self.attn_drop = nnx.Dropout(attn_drop_rate)
 
   def __call__(self, qkv: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-    """Returns the new tokens (B, N, C) from queries, keys and values (B, N, 3, C)."""
-    batch, tokens, _, dim = qkv.shape
-    qkv = layers.partition_windows(qkv.reshape(batch, *self.grid, 3 * dim), self.stripe)
-    qkv = qkv.reshape(*qkv.shape[:3], 3, self.num_heads, -1)
-    q, k, v = (qkv[:, :, :, i] for i in range(3))
+    """Returns the new tokens (B, N, C) from queries, keys and values (B, N, 3, heads, head_dim)."""
+    batch, tokens, _, heads, width = qkv.shape
+    grids = (qkv[:, :, i].reshape(batch, *self.grid, heads * width) for i in range(3))
+    stripes = (layers.partition_windows(grid, self.stripe) for grid in grids)
+    q, k, v = (stripe.reshape(*stripe.shape[:3], heads, width) for stripe in stripes)
     attn = layers.softmax_attention(q, k, self.scale)
     x = layers.attend(drop(self.attn_drop, attn, rngs), v)
-    x = x + self.get_v(v.reshape(-1, *self.stripe, dim)).reshape(x.shape)
-    return layers.merge_windows(x, self.grid, self.stripe).reshape(batch, tokens, dim)
+    x = x + self.get_v(v.reshape(-1, *self.stripe, heads * width)).reshape(x.shape)
+    return layers.merge_windows(x, self.grid, self.stripe).reshape(batch, tokens, heads * width)
+
+
+class JoinShares(nnx.Linear):
+  """Projection of the stripes' shares of the channels, (..., shares, C / shares) to (..., C).
+
+  Unpacks its kernel as PackedQKV does, and for the same reason.
+  """
+
+  def __init__(self, dim: int, **kw):
+    super().__init__(dim, dim, kernel_init=layers.token_init, **kw)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel, bias = (param[...].astype(self.dtype) for param in (self.kernel, self.bias))
+    return jnp.tensordot(x.astype(self.dtype), kernel.reshape(*x.shape[-2:], -1), 2) + bias
 
 
 class CSWinBlock(nnx.Module):
@@ -76,21 +90,20 @@ class CSWinBlock(nnx.Module):
     **kw,
   ):
     self.norm1 = LayerNorm(dim, **kw)
-    self.qkv = Linear(dim, 3 * dim, **kw)
     share = len(stripes)
+    self.qkv = layers.PackedQKV(dim, share, num_heads // share, **kw)
     self.attns = nnx.List(
       StripeAttention(dim // share, num_heads // share, grid, stripe, attn_drop_rate, **kw) for stripe in stripes
     )
-    self.proj = Linear(dim, dim, **kw)
+    self.proj = JoinShares(dim, **kw)
     self.norm2 = LayerNorm(dim, **kw)
     self.mlp = layers.Mlp(dim, int(dim * mlp_ratio), drop_rate, **kw)
     self.drop_path = layers.DropPath(drop_path_rate)
 
   def attend(self, x: jax.Array, rngs: nnx.Rngs | None) -> tuple[jax.Array, Intermediates]:
     """Adds what the tokens tell each other."""
-    qkv = self.qkv(self.norm1(x)).reshape(*x.shape[:2], 3, -1)
-    shares = jnp.split(qkv, len(self.attns), axis=-1)
-    y = jnp.concatenate([attn(share, rngs) for attn, share in zip(self.attns, shares, strict=True)], axis=-1)
+    qkv = self.qkv(self.norm1(x))
+    y = jnp.stack([attn(qkv[:, :, :, i], rngs) for i, attn in enumerate(self.attns)], axis=-2)
     return x + drop(self.drop_path, self.proj(y), rngs), {}
 
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, Intermediates]:

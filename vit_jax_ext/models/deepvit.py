@@ -97,7 +97,7 @@ class ReAttention(Attention):
 
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
     """Returns the new tokens (B, N, C) and the maps that multiply the values (B, heads, N, N)."""
-    qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
+    qkv = self.qkv(x)
     q, k, v = (qkv[:, :, i] for i in range(3))
     attn = drop(self.attn_drop, layers.softmax_attention(q, k, self.scale), rngs)
     attn = self.reatten_matrix(attn)

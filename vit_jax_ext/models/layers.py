@@ -205,20 +205,40 @@ def head_dim(dim: int, num_heads: int) -> int:
   return dim // num_heads
 
 
+class PackedQKV(nnx.Linear):
+  """Projection to queries, keys and values: (..., C) to (..., 3, *heads, head_dim), packed in one kernel (C, 3 C).
+
+  The kernel is unpacked and not the result, so that the product can be split over devices by heads. Consecutive columns
+  of the packed kernel are no set of heads: split there, all activations would have to change places.
+
+  Args:
+    dim: C.
+    *heads: number of heads; or of groups of them, then of heads in a group.
+  """
+
+  def __init__(self, dim: int, *heads: int, **kw):
+    super().__init__(dim, 3 * dim, kernel_init=token_init, **kw)
+    self.shape = (3, *heads, dim // math.prod(heads))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel, bias = (param[...].astype(self.dtype) for param in (self.kernel, self.bias))
+    return jnp.tensordot(x.astype(self.dtype), kernel.reshape(-1, *self.shape), 1) + bias.reshape(self.shape)
+
+
 class Attention(nnx.Module):
   """Multi-head self-attention with packed qkv; packed as (3, heads, head_dim)."""
 
   def __init__(self, dim: int, num_heads: int, attn_drop_rate: float = 0.0, proj_drop_rate: float = 0.0, **kw):
     self.num_heads = num_heads
     self.scale = head_dim(dim, num_heads) ** -0.5
-    self.qkv = Linear(dim, 3 * dim, **kw)
+    self.qkv = PackedQKV(dim, num_heads, **kw)
     self.proj = Linear(dim, dim, **kw)
     self.attn_drop = nnx.Dropout(attn_drop_rate)
     self.proj_drop = nnx.Dropout(proj_drop_rate)
 
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
     """Returns the new tokens (B, N, C) and the attention maps before dropout (B, heads, N, N)."""
-    qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
+    qkv = self.qkv(x)
     q, k, v = (qkv[:, :, i] for i in range(3))
     attn = softmax_attention(q, k, self.scale)
     x = self.proj(attend(drop(self.attn_drop, attn, rngs), v))

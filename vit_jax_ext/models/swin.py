@@ -72,7 +72,7 @@ class WindowAttention(nnx.Module):
       kw["rngs"].params(), ((2 * window[0] - 1) * (2 * window[1] - 1), num_heads), kw["param_dtype"]
     )
     self.relative_position_bias_table = nnx.Param(table)
-    self.qkv = Linear(dim, 3 * dim, **kw)
+    self.qkv = layers.PackedQKV(dim, num_heads, **kw)
     self.proj = Linear(dim, dim, **kw)
     self.attn_drop = nnx.Dropout(attn_drop_rate)
     self.proj_drop = nnx.Dropout(proj_drop_rate)
@@ -91,7 +91,6 @@ class WindowAttention(nnx.Module):
     if any(self.shift):
       x = jnp.roll(x, (-self.shift[0], -self.shift[1]), (1, 2))
     qkv = self.qkv(layers.partition_windows(x, self.window))
-    qkv = qkv.reshape(*qkv.shape[:3], 3, self.num_heads, -1)
     q, k, v = (qkv[:, :, :, i] for i in range(3))
     attn = layers.softmax_attention(q, k, self.scale, self.attention_bias())
     x = self.proj(layers.attend(drop(self.attn_drop, attn, rngs), v))

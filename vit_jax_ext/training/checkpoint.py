@@ -60,15 +60,13 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, like: TrainState) -> 
   )
 
 
-def restore_weights(
-  workdir: str, model: nnx.Module, sharding: jax.sharding.Sharding, *, ema: bool
-) -> tuple[int, dict[str, Any]]:
+def restore_weights(workdir: str, model: nnx.Module, shardings: Any, *, ema: bool) -> tuple[int, dict[str, Any]]:
   """Returns the step and {"params", "stats"} of a run's best checkpoint, or of its last when none was evaluated.
 
   Args:
     workdir: the run's.
     model: the abstract model.
-    sharding: where the arrays go.
+    shardings: where the arrays go, one for all or a tree like the weights.
     ema: the averaged weights instead of the raw ones.
 
   Raises:
@@ -77,7 +75,7 @@ def restore_weights(
   with _best_checkpoint(workdir) as (checkpoints, step):
     item = "ema" if ema else "model"
     _, params, stats = split_model(model)
-    like = abstract({"params": params, "stats": stats}, sharding)
+    like = abstract({"params": params, "stats": stats}, shardings)
     return step, checkpoints.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))[item]
 
 
@@ -137,6 +135,29 @@ def read_weights(folder: str) -> tuple[int, str, dict[tuple, np.ndarray]] | None
   return int(path.name), item, {tuple(entry.key for entry in keys): array for keys, array in leaves}
 
 
-def abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-  """Returns the ShapeDtypeStructs of a tree with the place where its arrays shall lie."""
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def check_shapes(workdir: str, step: int, weights: dict[str, Any]) -> None:
+  """Checks a checkpoint's weights against abstract ones without reading them.
+
+  Raises:
+    UserError: they differ; names the first that does.
+  """
+  path = epath.Path(workdir).absolute() / "checkpoints" / str(step) / "model"
+  with ocp.PyTreeCheckpointer() as reader:
+    saved = reader.metadata(path).item_metadata.tree
+  saved, expected = (
+    {
+      tuple(str(part.key) for part in keys): tuple(leaf.shape)
+      for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    for tree in (saved, {name: part for name, part in weights.items() if part})
+  )
+  for name in sorted(saved.keys() | expected.keys()):
+    if saved.get(name) != expected.get(name):
+      raise UserError(f"checkpoint {path.parent} has {'.'.join(name)} of shape {saved.get(name)}, the model of shape "
+                      f"{expected.get(name)}; choose another --workdir")  # fmt: skip
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+  """Returns the ShapeDtypeStructs of a tree with the places where its arrays shall lie, one for all or a tree."""
+  shardings = jax.tree.broadcast(shardings, tree)
+  return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings)

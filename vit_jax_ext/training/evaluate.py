@@ -17,6 +17,7 @@ from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import registry
 from vit_jax_ext.pretrained import load_pretrained
 from vit_jax_ext.training import checkpoint, sharding
+from vit_jax_ext.training.partition import Layout
 from vit_jax_ext.training.train_step import Batch, Metrics, make_eval_step, split_model
 
 
@@ -41,7 +42,11 @@ def evaluate(
 
 
 class SplitEvaluator:
-  """Evaluates weights on the evaluation split of a config; compiles once."""
+  """Evaluates weights on the evaluation split of a config; compiles once.
+
+  Attributes:
+    layout: where the weights lie.
+  """
 
   def __init__(
     self,
@@ -51,17 +56,19 @@ class SplitEvaluator:
     mesh: jax.sharding.Mesh,
   ):
     variant = registry.get_variant(config.model.name)
-    replicated, self._by_batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    self.layout, self._by_batch = Layout(model, mesh), sharding.batch_sharding(mesh)
+    eval_step = make_eval_step(split_model(model)[0], mean=variant.mean, std=variant.std)
     self._step = jax.jit(
-      make_eval_step(split_model(model)[0], mean=variant.mean, std=variant.std),
-      in_shardings=(replicated, replicated, self._by_batch),
-      out_shardings=replicated,
+      lambda params, stats, batch: eval_step(self.layout.gather(params), stats, batch),
+      in_shardings=(self.layout.weights["params"], self.layout.weights["stats"], self._by_batch),
+      out_shardings=sharding.replicated(mesh),
     )
     self._dataset, self._split = dataset, config.dataset.eval_split
     self._options = dict(
       batch_size=config.batch_size // jax.process_count(),
       image_size=model.image_size,
       crop=config.dataset.crop or variant.crop,
+      max_unreadable=config.dataset.max_unreadable,
     )
 
   def __call__(self, params: Any, stats: Any) -> dict[str, float]:
@@ -74,7 +81,7 @@ def load_weights(
   config: ml_collections.ConfigDict,
   workdir: str | None,
   model: nnx.Module,
-  sharding: jax.sharding.Sharding,
+  shardings: Any,
   *,
   ema: bool = False,
 ) -> tuple[str, int | None, dict[str, Any]]:
@@ -84,19 +91,19 @@ def load_weights(
     config: the experiment's.
     workdir: a run's, whose best checkpoint is taken; None for the weights of `config.pretrained`.
     model: the abstract model.
-    sharding: where the arrays go.
+    shardings: where the arrays go, one for all or a tree like the weights.
     ema: a run's averaged weights instead of the raw ones.
 
   Raises:
     UserError: no checkpoint, or pretrained weights that do not fit, be it only for another number of classes.
   """
   if workdir:
-    step, weights = checkpoint.restore_weights(workdir, model, sharding, ema=ema)
+    step, weights = checkpoint.restore_weights(workdir, model, shardings, ema=ema)
     return f"{workdir}, step {step}", step, weights
   report = load_pretrained(model, config.pretrained, keep_classifier=True)
   logging.info("%s", report)
   _, params, stats = split_model(model)
-  return report.source, None, jax.device_put({"params": params, "stats": stats}, sharding)
+  return report.source, None, jax.device_put({"params": params, "stats": stats}, shardings)
 
 
 def evaluate_weights(config: ml_collections.ConfigDict, workdir: str | None, output: str | None) -> dict[str, float]:
@@ -117,7 +124,7 @@ def evaluate_weights(config: ml_collections.ConfigDict, workdir: str | None, out
   results = {}
   for prefix, ema in (("eval", False), ("eval_ema", True)):
     if not ema or (workdir and config.ema_decay):
-      name, step, weights = load_weights(config, workdir, model, sharding.replicated(mesh), ema=ema)
+      name, step, weights = load_weights(config, workdir, model, evaluator.layout.weights, ema=ema)
       results |= {f"{prefix}/{score}": value for score, value in evaluator(**weights).items()}
   print(f"{name}: {images} images of {config.dataset.name}/{config.dataset.eval_split}")
   for name, value in results.items():

@@ -14,7 +14,8 @@ from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import registry
 from vit_jax_ext.training import mixup, optimizer, sharding
 from vit_jax_ext.training.losses import attention_cosine_loss
-from vit_jax_ext.training.train_step import init_state, make_train_step, split_model
+from vit_jax_ext.training.partition import Layout
+from vit_jax_ext.training.train_step import TrainState, init_state, make_train_step, split_model
 
 
 def number_of_steps(config: ml_collections.ConfigDict, examples: int) -> int:
@@ -40,9 +41,11 @@ class Experiment:
   Attributes:
     total_steps: of the training.
     mesh: over all devices of all hosts.
-    replicated, by_batch: shardings of state and batches.
+    by_batch: sharding of the batches.
     variant: published facts of the model.
     model: abstract.
+    layout: where the model's arrays lie on the mesh.
+    places: shardings of the TrainState.
     schedule: learning rate by step.
     init: compiled, () -> TrainState, created where it will lie.
     train_step: compiled, (state, batch) -> (state, metrics), which consumes the state.
@@ -54,7 +57,7 @@ class Experiment:
   def __init__(self, config: ml_collections.ConfigDict, num_classes: int, examples: int):
     self.total_steps = number_of_steps(config, examples)
     self.mesh = sharding.make_mesh(config.mesh)
-    self.replicated, self.by_batch = sharding.replicated(self.mesh), sharding.batch_sharding(self.mesh)
+    self.by_batch = sharding.batch_sharding(self.mesh)
     sharding.check_batch_size("batch_size", config.batch_size, self.mesh, config.optimizer.accumulation_steps)
     self.variant = registry.get_variant(config.model.name)
 
@@ -87,7 +90,13 @@ class Experiment:
       layer_decay=config.optimizer.layer_decay,
       linear_probe=config.linear_probe,
     )
-    self.init = jax.jit(lambda: init_state(create_model, tx, config.ema_decay > 0), out_shardings=self.replicated)
+
+    def init() -> TrainState:
+      return init_state(create_model, tx, config.ema_decay > 0)
+
+    self.layout = Layout(self.model, self.mesh)
+    self.places = self.layout.shardings(jax.eval_shape(init))
+    self.init = jax.jit(init, out_shardings=self.places)
     augment = functools.partial(
       mixup.augment,
       num_classes=num_classes,
@@ -112,8 +121,9 @@ class Experiment:
         accumulation_steps=config.optimizer.accumulation_steps,
         linear_probe=config.linear_probe,
         augment=augment,
+        gather=self.layout.gather,
       ),
-      in_shardings=(self.replicated, self.by_batch),
-      out_shardings=self.replicated,
+      in_shardings=(self.places, self.by_batch),
+      out_shardings=(self.places, sharding.replicated(self.mesh)),
       donate_argnums=0,
     )

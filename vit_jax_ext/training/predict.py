@@ -12,6 +12,7 @@ from vit_jax_ext.data.datasets import open_dataset
 from vit_jax_ext.models import registry
 from vit_jax_ext.training import sharding
 from vit_jax_ext.training.evaluate import load_weights, write_json
+from vit_jax_ext.training.partition import Layout
 from vit_jax_ext.training.train_step import normalize, split_model
 
 
@@ -38,13 +39,14 @@ def predict(
   crop = config.dataset.crop or variant.crop
   images = np.stack([input_pipeline.read_image(path, model.image_size, crop) for path in paths])
 
-  everywhere = sharding.replicated(sharding.make_mesh(config.mesh))
-  _, _, weights = load_weights(config, workdir, model, everywhere)
+  layout = Layout(model, sharding.make_mesh(config.mesh))
+  _, _, weights = load_weights(config, workdir, model, layout.weights)
   graphdef, _, _ = split_model(model)
 
   @jax.jit
   def probabilities(params, stats, images):
-    logits, _ = nnx.merge(graphdef, params, stats)(normalize(images, variant.mean, variant.std), train=False)
+    model = nnx.merge(graphdef, layout.gather(params), stats)
+    logits, _ = model(normalize(images, variant.mean, variant.std), train=False)
     return jax.nn.softmax(logits.astype(np.float32))
 
   predictions = []

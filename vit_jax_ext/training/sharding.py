@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import math
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -13,7 +14,10 @@ AXES = ("data", "fsdp", "model")
 
 
 def make_mesh(shape: Mapping[str, int]) -> Mesh:
-  """Returns the mesh over all devices of all hosts.
+  """Returns the mesh over all devices of all hosts: axes data, fsdp0, fsdp1, ... and model.
+
+  The fsdp axis appears in its prime factors. So an array that 8 does not divide, as DeepViT-L's 420 x 1260, can be
+  split in 4 along one dimension and in 2 along another.
 
   Args:
     shape: size of each axis of `AXES`; one of them may be -1, what the others leave.
@@ -30,12 +34,36 @@ def make_mesh(shape: Mapping[str, int]) -> Mesh:
   if math.prod(sizes) != devices or min(sizes) < 1:
     asked = ", ".join(f"{axis}={shape[axis]}" for axis in AXES)
     raise UserError(f"mesh {asked} does not fit {devices} device(s); the axes must multiply to it, one may be -1")
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  data, fsdp, model = sizes
+  factors = _prime_factors(fsdp)
+  names = ("data", *(f"fsdp{i}" for i in range(len(factors))), "model")
+  # Laid out by its three axes, which follow the network's topology, and only then refined.
+  devices = jax.make_mesh(sizes, AXES).devices.reshape(data, *factors, model)
+  return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def _prime_factors(number: int) -> list[int]:
+  for divisor in range(2, number + 1):
+    if number % divisor == 0:
+      return [divisor, *_prime_factors(number // divisor)]
+  return []
+
+
+def axis_sizes(mesh: Mesh) -> dict[str, int]:
+  """Returns the size of each axis of `AXES`, the factors of fsdp multiplied again."""
+  data, model = mesh.shape["data"], mesh.shape["model"]
+  return {"data": data, "fsdp": mesh.size // data // model, "model": model}
+
+
+def bytes_per_device(tree: Any, shardings: Any) -> int:
+  """Returns what each device holds of arrays or ShapeDtypeStructs with these shardings."""
+  sizes = jax.tree.map(lambda x, place: math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings)
+  return sum(jax.tree.leaves(sizes))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Batches are split over the data and fsdp axes."""
-  return NamedSharding(mesh, P(("data", "fsdp")))
+  return NamedSharding(mesh, P(tuple(axis for axis in mesh.axis_names if axis != "model")))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -45,7 +73,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def check_batch_size(name: str, batch_size: int, mesh: Mesh, multiple_of: int = 1) -> None:
   """Raises UserError unless the batch divides over the mesh's data axes times `multiple_of`."""
-  divisor = mesh.shape["data"] * mesh.shape["fsdp"] * multiple_of
+  divisor = mesh.size // mesh.shape["model"] * multiple_of
   if batch_size < 1 or batch_size % divisor:
     below = max(batch_size // divisor, 1) * divisor
     raise UserError(

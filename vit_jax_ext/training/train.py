@@ -60,7 +60,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   claim_workdir(workdir, config)
   checkpoints = checkpoint.open_checkpoints(workdir, keep_last=config.checkpoint.keep_last)
   if first_step:
-    like = checkpoint.abstract(jax.eval_shape(experiment.init), experiment.replicated)
+    like = checkpoint.abstract(jax.eval_shape(experiment.init), experiment.places)
     state = checkpoint.restore(checkpoints, first_step, like)
 
   logging.info(
@@ -73,6 +73,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     experiment.mesh.size,
     workdir,
   )
+
+  if experiment.layout.remarks():
+    logging.info("mesh: %s", experiment.layout.remarks())
 
   evaluator = SplitEvaluator(config, dataset, model, experiment.mesh)
 
@@ -91,8 +94,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     first_step=first_step,
     total_steps=total_steps,
     shuffle_buffer=data.shuffle_buffer,
-    shift=data.shift,
-    scale=data.scale,
+    augment=input_pipeline.train_augmentation(
+      config.augment, model.image_size, experiment.variant.mean, data.shift, data.scale
+    ),
+    repeats=config.augment.repeats,
+    max_unreadable=data.max_unreadable,
   )
   batches = input_pipeline.prefetch_to_devices(batches, experiment.by_batch)
 

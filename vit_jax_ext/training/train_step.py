@@ -54,6 +54,25 @@ def init_state(create_model: Callable[[], nnx.Module], tx: optax.GradientTransfo
   return TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params), ema)
 
 
+def activation_bytes(model: nnx.Module, batch_size: int) -> int:
+  """Returns the bytes that the backward pass of `model` finds in memory, before the compiler merges or drops any.
+
+  Found by tracing alone. Weights are counted where it needs them.
+  """
+  graphdef, params, stats = split_model(model)
+
+  def residuals(params, stats, images):
+    def total(params):
+      rngs = nnx.Rngs(jax.random.key(0))
+      return nnx.merge(graphdef, params, stats)(images, train=True, rngs=rngs)[0].sum()
+
+    return jax.vjp(total, params)[1]
+
+  images = jax.ShapeDtypeStruct((batch_size, *model.image_size, 3), jnp.float32)
+  found = jax.eval_shape(residuals, params, stats, images)
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(found))
+
+
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
   """Turns uint8 (B, H, W, 3) into float32 with `mean` and `std` given for images in [0, 1]."""
   mean, std = (255 * np.asarray(values, np.float32) for values in (mean, std))
@@ -74,6 +93,7 @@ def make_train_step(
   accumulation_steps: int = 1,
   linear_probe: bool = False,
   augment: Augment | None = None,
+  gather: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns `step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -91,6 +111,7 @@ def make_train_step(
     linear_probe: only the classifier has gradients; the rest of the model works as in evaluation.
     augment: called with (key, images, labels), returns images and labels; see `mixup.augment`. The images are
       normalised, the labels may become probabilities (B, classes). With accumulation it sees one part at a time.
+    gather: brings the parameters from where they are kept to where they are used, see `partition.Layout`.
 
   The batch holds `image` uint8 (B, H, W, 3) and `label` int32 (B,). Metrics are scalars: loss, top1 (share; of mixed
   images those that are taken for the class of which they have the most), grad_norm, and attention_cosine where it is
@@ -106,7 +127,7 @@ def make_train_step(
     if augment is not None:
       key, augment_key = jax.random.split(key)
       images, labels = augment(augment_key, images, labels)
-    model = nnx.merge(graphdef, params, stats)
+    model = nnx.merge(graphdef, gather(params), stats)
     logits, out = model(images, train=not linear_probe, rngs=nnx.Rngs(key))
     loss = smoothed_cross_entropy(logits, labels, label_smoothing).mean()
     classes = labels if labels.ndim == 1 else jnp.argmax(labels, axis=-1)
