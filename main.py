@@ -197,7 +197,8 @@ def main() -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+    goes_on = "; the same command continues from the last checkpoint" if args.command in ("train", "study") else ""
+    print(f"interrupted{goes_on}", file=sys.stderr)
     return 1
   return 0
 

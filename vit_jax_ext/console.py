@@ -113,7 +113,7 @@ class Countdown:
   @contextlib.contextmanager
   def job(self, kind: str, weight: float, what: str) -> Iterator[None]:
     """Shows `what` while it is being done; counts it as done even if it fails."""
-    spent, left = sum(self._spent.values()), self._seconds_left()
+    spent, left = sum(self._spent.values()), self.seconds_left()
     minutes, seconds = divmod(round(left), 60)
     self._bar.update(self._task, description=what, completed=spent / (spent + left), left=f"{minutes}:{seconds:02d}")
     if not CONSOLE.is_terminal:
@@ -130,7 +130,8 @@ class Countdown:
     """Takes a job off the list."""
     self._left[kind] -= weight
 
-  def _seconds_left(self) -> float:
+  def seconds_left(self) -> float:
+    """Estimates how long the jobs on the list will take."""
     return sum(
       weight * (self._spent[kind] / self._done[kind] if self._done[kind] else self._guess[kind])
       for kind, weight in self._left.items()
