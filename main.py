@@ -8,7 +8,7 @@ DEFAULT_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "confi
 EPILOG = """
 Any value of the config is set with --config.KEY=VALUE, for example
   python main.py --config=configs/digits.py:crossvit --workdir=/tmp/run --config.batch_size=64
-evaluate, predict and analyze take a run's weights from --workdir, others from --config.pretrained=FILE.
+evaluate, predict, analyze and export take a run's weights from --workdir, others from --config.pretrained=FILE.
 No command means train, no --config means configs/digits.py, no --workdir a fixed folder under ~/.cache/vit_jax_ext.
 Exit status: 0 done, 2 your input is wrong (one line says what), 1 anything else.
 """
@@ -58,6 +58,10 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   convert.add_argument("target", metavar="FILE", help="new file, .safetensors or .pth")
   convert.add_argument("--model", metavar="NAME", help="whose weights they are (default: the run's)")
   convert.add_argument("--num-classes", metavar="N", type=int, help="another number of classes: a new classifier")
+  export = add("export", "write a model as a StableHLO program and as the authors' safetensors, and check both", common,
+               with_output)  # fmt: skip
+  export.add_argument("--model", metavar="NAME", help="with the weights of --config.pretrained, else random ones")
+
   collectives = add("collectives", "print what a training step moves between the devices of a mesh, and keeps on each; "
                     "needs neither the devices nor the dataset", with_config, with_output)  # fmt: skip
   collectives.add_argument("--num-classes", metavar="N", type=int, default=1000, help="of the dataset (default: 1000)")
@@ -146,6 +150,12 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     convert.convert(
       args.source or args.workdir or configs.default_workdir(spec), args.target, args.model, args.num_classes, overrides
     )
+    return
+
+  if args.command == "export":
+    from vit_jax_ext.export import export
+
+    export(args.model, args.workdir, overrides, args.output)
     return
 
   if args.command == "collectives":
