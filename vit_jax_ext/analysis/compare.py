@@ -111,12 +111,13 @@ def compare(
   """
   if not output:
     raise UserError("a comparison of runs is written into a folder; give --output=DIR")
-  batch_sizes = [_positive("batch-sizes", size) for size in batch_sizes]
+  batch_sizes = list(dict.fromkeys(_positive("batch-sizes", size) for size in batch_sizes))
+  dtypes = list(dict.fromkeys(dtypes))
   rounds = _positive("rounds", rounds)
   models = models or ([] if workdirs else registry.list_models())
   for name in models:
     registry.get_variant(name)
-  runs = {label: read_run(workdir) for label, workdir in _labels(workdirs).items()}
+  runs = {label: read_run(workdir) for label, workdir in _labels(workdirs, models).items()}
   described = [_describe(name, {"name": name, "overrides": {}}, 1000) for name in dict.fromkeys(models)]
   described += [_describe(label, run["model"], run["num_classes"], run) for label, run in runs.items()]
   trials = []
@@ -127,7 +128,7 @@ def compare(
         trials.append(_Trial(model, benchmark, {"label": model["label"], "batch_size": batch_size, "dtype": dtype}))
   comparison = {
     "machine": results.describe_machine(),
-    "settings": {"batch_sizes": list(batch_sizes), "dtypes": list(dtypes), "rounds": rounds, "finished": 0},
+    "settings": {"batch_sizes": batch_sizes, "dtypes": dtypes, "rounds": rounds, "finished": 0},
     "models": described,
     "measurements": [trial.measurement for trial in trials],
   }
@@ -165,13 +166,12 @@ def _positive(option: str, value: int | str) -> int:
   return int(value)
 
 
-def _labels(workdirs: Sequence[str]) -> dict[str, str]:
-  """Returns the workdirs by the shortest names that tell them apart."""
-  paths = [os.path.abspath(workdir) for workdir in workdirs]
+def _labels(workdirs: Sequence[str], models: Sequence[str]) -> dict[str, str]:
+  """Returns the workdirs by their names, or where these are not unique by their paths."""
+  paths = dict.fromkeys(os.path.abspath(workdir) for workdir in workdirs)
   names = [os.path.basename(path) for path in paths]
-  if len(set(names)) < len(names):
-    names = [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
-  return dict(zip(names, paths, strict=True))
+  unique = len({*names, *models}) == len(names) + len(set(models))
+  return dict(zip(names if unique else paths, paths, strict=True))
 
 
 def _describe(
