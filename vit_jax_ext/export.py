@@ -77,7 +77,7 @@ def export(name: str | None, workdir: str | None, overrides: Sequence[str], outp
     raise UserError(f"{output} cannot be written: {error.strerror}; choose another --output") from None
   save_pretrained(model, paths["safetensors"])
   for path in paths.values():
-    print(f"wrote {path}, {path.stat().st_size / 1e6:,.1f} MB")
+    print(f"wrote {path}")
   difference = compare_logits(paths["stablehlo"], paths["safetensors"], spec, num_classes)
   print(f"{spec.name}, {source}; loaded back, the two files' logits differ by at most {difference:.2g}")
   return difference
