@@ -149,7 +149,8 @@ def _color_jitter(image, draws, strength):
   order = tf.argsort(draws[0])
   factors = 1 + strength * (2 * draws[1] - 1)
   for operation in tf.unstack(order):
-    arguments = image, factors[operation]
+    # A slice would make the draws a constant of the program, which XLA then compiles again for every image.
+    arguments = image, tf.gather(factors, operation)
     branches = [functools.partial(change, *arguments) for change in (pillow.brightness, pillow.contrast, pillow.color)]
     image = tf.switch_case(operation, branches)
   return image
