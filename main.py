@@ -8,7 +8,7 @@ DEFAULT_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "confi
 EPILOG = """
 Any value of the config is set with --config.KEY=VALUE, for example
   python main.py --config=configs/digits.py:crossvit --workdir=/tmp/run --config.batch_size=64
-evaluate, predict and analyze take a run's weights from --workdir, others from --config.pretrained=FILE.
+evaluate, predict, analyze and export take a run's weights from --workdir, others from --config.pretrained=FILE.
 No command means train, no --config means configs/digits.py, no --workdir a fixed folder under ~/.cache/vit_jax_ext.
 Exit status: 0 done, 2 your input is wrong (one line says what), 1 anything else.
 """
@@ -68,9 +68,9 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   convert.add_argument("target", metavar="FILE", help="new file, .safetensors or .pth")
   convert.add_argument("--model", metavar="NAME", help="whose weights they are (default: the run's)")
   convert.add_argument("--num-classes", metavar="N", type=int, help="another number of classes: a new classifier")
-  compare = add("compare", "print parameters and multiply-adds beside the published figures", with_output)
-  compare.add_argument("--models", metavar="NAME,...", help="models to compare (default: all)")
-  compare.add_argument("--fusion", action="store_true", help="CrossViT-S under the five fusions of the paper's Table 6")
+  export = add("export", "write a model as a StableHLO program and as the authors' safetensors, and check both", common,
+               with_output)  # fmt: skip
+  export.add_argument("--model", metavar="NAME", help="with the weights of --config.pretrained, else random ones")
 
   collectives = add("collectives", "print what a training step moves between the devices of a mesh, and keeps on each; "
                     "needs neither the devices nor the dataset", with_config, with_output)  # fmt: skip
@@ -78,6 +78,19 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
   runs = argparse.ArgumentParser(add_help=False)
   runs.add_argument("--workdir", metavar="DIR", action="append", help="folder of the run; repeat to compare several")
+  compare = add(
+    "compare",
+    "print parameters and multiply-adds beside the published figures; with --output measure speed and memory, and "
+    "write a report",
+    runs,
+    with_output,
+  )
+  compare.add_argument("--models", metavar="NAME,...", help="models to compare (default: all, or none but the runs)")
+  compare.add_argument("--batch-sizes", metavar="N,...", default="8", help="for --output, e.g. 1,8 (default: 8)")
+  compare.add_argument("--dtypes", metavar="NAME,...", default="float32", help="for --output (default: float32)")
+  compare.add_argument("--rounds", metavar="N", default="5", help="of timings, for --output (default: 5)")
+  compare.add_argument("--fusion", action="store_true", help="CrossViT-S under the five fusions of the paper's Table 6")
+
   thresholds = argparse.ArgumentParser(add_help=False)
   thresholds.add_argument("--threshold", type=float, default=0.8, help="similarity of similar blocks (default: 0.8)")
   thresholds.add_argument("--head-threshold", type=float, default=0.5, help="of similar heads (default: 0.5)")
@@ -101,9 +114,14 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
   """Dispatches to the command; imports what it needs and no more."""
   if args.command == "compare":
-    from vit_jax_ext.analysis import cost
+    from vit_jax_ext.analysis import compare
 
-    cost.compare(args.models.split(",") if args.models else None, fusion=args.fusion, output=args.output)
+    models = args.models.split(",") if args.models else None
+    if args.fusion or not (args.output or args.workdir):
+      compare.print_costs(models, fusion=args.fusion, output=args.output)
+    else:
+      compare.compare(models, args.workdir or (), args.output, batch_sizes=args.batch_sizes.split(","),
+                      dtypes=args.dtypes.split(","), rounds=args.rounds)  # fmt: skip
     return
 
   from vit_jax_ext import config as configs
@@ -142,6 +160,12 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     convert.convert(
       args.source or args.workdir or configs.default_workdir(spec), args.target, args.model, args.num_classes, overrides
     )
+    return
+
+  if args.command == "export":
+    from vit_jax_ext.export import export
+
+    export(args.model, args.workdir, overrides, args.output)
     return
 
   if args.command == "collectives":
@@ -202,7 +226,8 @@ def main() -> int:
     print(f"error: {error}", file=sys.stderr)
     return 1
   except KeyboardInterrupt:
-    print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+    goes_on = "; the same command continues from the last checkpoint" if args.command in ("train", "study") else ""
+    print(f"interrupted{goes_on}", file=sys.stderr)
     return 1
   return 0
 

@@ -12,12 +12,14 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["vit_jax_ext*"]),
+  package_data={"vit_jax_ext.analysis": ["*.jinja"]},
   install_requires=[
     "clu>=0.0.12,<0.1",
     "etils[epath]>=1.15,<2",
     "flax>=0.12.8,<0.13",
     "importlib_resources>=7.1",  # tensorflow-datasets imports it without saying so
     "jax>=0.10.2,<0.11",
+    "jinja2>=3.1.6,<4",
     "matplotlib>=3.11,<4",
     "ml-collections>=1.1,<2",
     "numpy>=2.4,<3",
@@ -39,6 +41,7 @@ setup(
     "test": [
       "hypothesis>=6.170,<7",
       "pillow>=13,<14",
+      "playwright>=1.65,<2",  # drives a Chromium that is installed otherwise
       "pytest>=9,<10",
       "pytest-xdist>=3.8,<4",
       "pyyaml>=6,<7",

@@ -1,6 +1,7 @@
 """What a person sees while a command runs: log lines, and a live bar on a terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import logging
 import time
 
@@ -78,3 +79,60 @@ class Progress:
       left = (time.monotonic() - self._start) / (step - self._first) * (self._total - step)
       minutes, seconds = divmod(round(left), 60)
       absl_logging.info("step %d/%d  %s  %d:%02d left", step, self._total, numbers, minutes, seconds)
+
+
+class Countdown:
+  """Jobs of several kinds with the time left: a live bar on a terminal, plain lines in a log. Use as a context manager.
+
+  A job has a weight, and each kind of job its own seconds per weight, learned from those that are done.
+
+  Args:
+    work: for each kind the sum of the weights of its jobs, and a first guess of seconds per weight.
+  """
+
+  def __init__(self, work: Mapping[str, tuple[float, float]]):
+    self._left = {kind: weight for kind, (weight, _) in work.items()}
+    self._guess = {kind: guess for kind, (_, guess) in work.items()}
+    self._done, self._spent = dict.fromkeys(work, 0.0), dict.fromkeys(work, 0.0)
+    self._bar = rich.progress.Progress(
+      rich.progress.TextColumn("{task.description}"),
+      rich.progress.BarColumn(),
+      rich.progress.TextColumn("{task.fields[left]} left"),
+      console=CONSOLE,
+      disable=not CONSOLE.is_terminal,
+    )
+    self._task = self._bar.add_task("", total=1.0, left="")
+
+  def __enter__(self) -> "Countdown":
+    self._bar.start()
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self._bar.stop()
+
+  @contextlib.contextmanager
+  def job(self, kind: str, weight: float, what: str) -> Iterator[None]:
+    """Shows `what` while it is being done; counts it as done even if it fails."""
+    spent, left = sum(self._spent.values()), self.seconds_left()
+    minutes, seconds = divmod(round(left), 60)
+    self._bar.update(self._task, description=what, completed=spent / (spent + left), left=f"{minutes}:{seconds:02d}")
+    if not CONSOLE.is_terminal:
+      absl_logging.info("%s  (about %d:%02d left)", what, minutes, seconds)
+    start = time.monotonic()
+    try:
+      yield
+    finally:
+      self._spent[kind] += time.monotonic() - start
+      self._done[kind] += weight
+      self._left[kind] -= weight
+
+  def skip(self, kind: str, weight: float) -> None:
+    """Takes a job off the list."""
+    self._left[kind] -= weight
+
+  def seconds_left(self) -> float:
+    """Estimates how long the jobs on the list will take."""
+    return sum(
+      weight * (self._spent[kind] / self._done[kind] if self._done[kind] else self._guess[kind])
+      for kind, weight in self._left.items()
+    )

@@ -1,18 +1,34 @@
-"""What a model costs: parameters and multiply-adds."""
+"""What a model costs: parameters and multiply-adds, counted without computing anything."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-import csv
+import contextlib
+import functools
 import math
-import os
+import re
 from typing import Any
 
 from flax import nnx
 import jax
+from jax.extend import core
 import jax.numpy as jnp
-import rich.console
-import rich.table
 
+from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import registry
+
+# What a multiply-add is spent on, by the place of the module in its model; the first that fits.
+PARTS = {
+  "patch embedding": r"patch_embed|stage1_conv_embed",
+  "classifier": r"\bhead\b",
+  "MLP": r"\bmlp\b",
+  "merging of patches": r"\bdownsample\b|\bmerge\d",
+  "fusion of branches": r"\bfusion\b|projs\b",
+  "attention in clusters": r"\battnC\b|\bcontent_attn\b",
+  "re-attention": r"\breatten_matrix\b",
+  "attention, projections": r"\b(qkv|proj)\b",
+  "attention, maps": r"",
+}
+RESOLUTIONS = (224, 256, 320, 384, 448, 512)
 
 
 def multiply_adds(fn: Callable, *args: Any) -> int:
@@ -20,24 +36,27 @@ def multiply_adds(fn: Callable, *args: Any) -> int:
 
   Elementwise work (softmax, normalisation, interpolation weights) is left out, as in the papers' counts.
   """
-  return _count(jax.make_jaxpr(fn)(*args).jaxpr)
+  return sum(_count(jax.make_jaxpr(fn)(*args).jaxpr).values())
 
 
-def _count(jaxpr) -> int:
-  total = 0
+def _count(jaxpr, scope: str = "") -> Counter[str]:
+  """Returns the multiply-adds of a program by scope, the names of the calls around them."""
+  total = Counter()
   for eqn in jaxpr.eqns:
     operands = [v.aval for v in eqn.invars]
+    place = f"{scope}/{eqn.source_info.name_stack}"
     match eqn.primitive.name:
       case "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
-        total += math.prod(eqn.outvars[0].aval.shape) * math.prod(operands[0].shape[i] for i in contracted)
+        total[place] += math.prod(eqn.outvars[0].aval.shape) * math.prod(operands[0].shape[i] for i in contracted)
       case "conv_general_dilated":
         kernel = operands[1].shape
         out_channels = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-        total += math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // out_channels
+        total[place] += math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // out_channels
       case _:
-        inner = sum(_count(sub) for sub in jax.core.jaxprs_in_params(eqn.params))
-        total += inner * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        for inner in core.jaxprs_in_params(eqn.params):
+          total.update({name: times * count for name, count in _count(inner, place).items()})
   return total
 
 
@@ -46,12 +65,79 @@ def count_params(model: nnx.Module) -> int:
   return sum(math.prod(p.shape) for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
+def trace_forward(model: nnx.Module) -> core.ClosedJaxpr:
+  """Returns one image's forward pass to the logits, its operations under the paths of their modules."""
+  graphdef, state = nnx.split(model)
+
+  def forward(state, images):
+    model = nnx.merge(graphdef, state)
+    with _scopes_of_modules(model):
+      return model(images)[0]
+
+  return jax.make_jaxpr(forward)(state, jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32))
+
+
+def module_costs(forward: core.ClosedJaxpr) -> dict[str, int]:
+  """Returns the multiply-adds of `trace_forward` by what they are spent on (PARTS), largest first."""
+  parts = Counter()
+  for scope, count in _count(forward.jaxpr).items():
+    parts[next(part for part, pattern in PARTS.items() if re.search(pattern, scope))] += count
+  return dict(parts.most_common())
+
+
+def count_operations(jaxpr) -> int:
+  """Returns the number of operations of a program, on which the time of its compilation depends."""
+  return sum(1 + sum(map(count_operations, core.jaxprs_in_params(eqn.params))) for eqn in jaxpr.eqns)
+
+
+@contextlib.contextmanager
+def _scopes_of_modules(model: nnx.Module):
+  """While open, what a module of `model` computes when called is under a `jax.named_scope` of the module's path."""
+  names = {id(module): ".".join(map(str, path)) for path, module in nnx.iter_modules(model)}
+  classes = {cls for _, module in nnx.iter_modules(model) for cls in type(module).__mro__}
+  originals = {cls: vars(cls)["__call__"] for cls in classes if "__call__" in vars(cls)}
+
+  def scoped(call):
+    @functools.wraps(call)
+    def wrapper(self, *args, **kw):
+      with jax.named_scope(names.get(id(self)) or "model"):
+        return call(self, *args, **kw)
+
+    return wrapper
+
+  try:
+    for cls, call in originals.items():
+      cls.__call__ = scoped(call)
+    yield
+  finally:
+    for cls, call in originals.items():
+      cls.__call__ = call
+
+
 def model_cost(name: str, **overrides) -> tuple[int, int]:
   """Returns (parameters, multiply-adds of one image's forward pass) of a model; nothing is allocated or computed."""
   model = nnx.eval_shape(lambda: registry.create_model(name, rngs=nnx.Rngs(0), **overrides))
   graphdef, state = nnx.split(model)
   images = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)
   return count_params(model), multiply_adds(lambda state, x: nnx.merge(graphdef, state)(x)[0], state, images)
+
+
+def resolution_costs(name: str, **overrides) -> list[tuple[int, int]]:
+  """Returns (side in pixels, multiply-adds) at the sizes nearest to RESOLUTIONS that the model takes."""
+
+  def nearest(side: int) -> tuple[int, int]:
+    for size in sorted(range(side - 24, side + 25), key=lambda size: abs(size - side)):
+      with contextlib.suppress(UserError):  # it does not divide
+        return size, model_cost(name, **overrides | {"image_size": size})[1]
+    raise UserError(f"{name} takes no image_size within 24 pixels of {side}; compare it without these overrides")
+
+  return [nearest(side) for side in RESOLUTIONS]
+
+
+def growth(costs: Sequence[tuple[int, int]]) -> float:
+  """Returns the exponent p of cost = c * pixels ** p between the smallest and the largest size; 1 is linear."""
+  (small, cost), (large, larger_cost) = costs[0], costs[-1]
+  return math.log(larger_cost / cost) / math.log((large / small) ** 2)
 
 
 # CrossViT, Table 6: fusion -> (ImageNet top-1 %, multiply-adds in 10^9, parameters in 10^6), all on CrossViT-S.
@@ -64,41 +150,27 @@ TABLE_6 = {
 }
 
 
-def compare(models: Sequence[str] | None, *, fusion: bool, output: str | None) -> list[dict[str, Any]]:
-  """Prints parameters and multiply-adds beside the published figures, and returns the rows.
+def fusion_table() -> list[dict[str, Any]]:
+  """Returns `published_row` of CrossViT-S under the five fusions of Table 6."""
+  return [
+    published_row(name, top1, params * 1e6, adds, *model_cost("crossvit_small_224", fusion=name))
+    for name, (top1, adds, params) in TABLE_6.items()
+  ]
 
-  Args:
-    models: names; None for all.
-    fusion: CrossViT-S under the five fusions of Table 6 instead.
-    output: folder for cost.csv, if any.
-  """
+
+def models_table(names: Sequence[str]) -> list[dict[str, Any]]:
+  """Returns `published_row` of registered models."""
   rows = []
-  if fusion:
-    for name, (top1, published_adds, published_params) in TABLE_6.items():
-      rows.append(_row(name, top1, published_params * 1e6, published_adds, "crossvit_small_224", fusion=name))
-  else:
-    for name in models or registry.list_models():
-      variant = registry.get_variant(name)
-      rows.append(_row(name, variant.top1, variant.params, variant.multiply_adds, name))
-  table = rich.table.Table(*rows[0], title="CrossViT-S, Table 6" if fusion else None)
-  for row in rows:
-    table.add_row(
-      *("" if value is None else f"{value:,}" if isinstance(value, int) else str(value) for value in row.values())
-    )
-  rich.console.Console(width=140).print(table)
-  if output:
-    os.makedirs(output, exist_ok=True)
-    path = os.path.join(output, "cost.csv")
-    with open(path, "w", newline="") as file:
-      writer = csv.DictWriter(file, rows[0])
-      writer.writeheader()
-      writer.writerows(rows)
-    print(f"wrote {path}")
+  for name in names:
+    variant = registry.get_variant(name)
+    rows.append(published_row(name, variant.top1, variant.params, variant.multiply_adds, *model_cost(name)))
   return rows
 
 
-def _row(name: str, top1: float | None, published_params: float, published_adds: float | None, *args, **kw) -> dict:
-  params, adds = model_cost(*args, **kw)
+def published_row(
+  name: str, top1: float | None, published_params: float, published_adds: float | None, params: int, adds: int
+) -> dict[str, Any]:
+  """Returns our counts beside the published figures, ready to print."""
   return {
     "model": name,
     "params": params,
@@ -107,5 +179,13 @@ def _row(name: str, top1: float | None, published_params: float, published_adds:
     "G multiply-adds": f"{adds / 1e9:.2f}",
     "published G": published_adds,
     "G off": f"{adds / 1e9 / published_adds - 1:+.1%}" if published_adds else None,
+    "why": deviation(adds, published_adds),
     "published top-1 %": top1,
   }
+
+
+def deviation(adds: int, published: float | None) -> str | None:
+  """Returns why a published figure, in 10^9, is more than 2% away from our multiply-adds; None if it is not."""
+  if published is None or abs(adds / 1e9 / published - 1) <= 0.02:
+    return None
+  return "rounded" if round(adds / 1e9, 1) == published else "differs"
