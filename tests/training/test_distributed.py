@@ -19,6 +19,7 @@ import vit_jax_ext as vx
 from vit_jax_ext import config as configs
 from vit_jax_ext.errors import ClusterError
 from vit_jax_ext.training import distributed
+from vit_jax_ext.training.checkpoint import latest_step
 from vit_jax_ext.training.evaluate import evaluate_weights
 
 ROOT = os.path.dirname(main.__file__)
@@ -131,7 +132,7 @@ def start(processes, devices, coordinator, command, **kw):
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_train_digits_together(processes, coordinator, tmp_path, data_dir, capsys):
-  """Half of the devices' parameters on each; one process writes, and what it wrote is evaluated by this one."""
+  """Each with half of the parameters or less; one of them writes. What four wrote is then evaluated here."""
 
   def command(coordinator, processes, i):
     return [
@@ -153,6 +154,9 @@ def test_processes_train_digits_together(processes, coordinator, tmp_path, data_
   rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [row["step"] for row in rows] == [2, 4, 4]
   assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
+  assert latest_step(str(tmp_path)) == 4
+  if processes == 2:
+    return
   config = configs.read_workdir_config(str(tmp_path))
   configs.override(config, ["mesh.data=1", "mesh.fsdp=8"])
   scores = evaluate_weights(config, str(tmp_path), None)

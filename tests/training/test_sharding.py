@@ -57,7 +57,7 @@ def check_agreement(family, meshes, dtype="float32", **overrides):
       assert worst[0] < 1e-9
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", ["deepvit", pytest.param("crossvit", marks=pytest.mark.slow)])
 def test_tiny_models_train_the_same_on_one_device_and_on_eight(family, x64):
   """With BatchNorm; with widths and heads of which two devices divide one."""
   check_agreement(family, ["data2_fsdp2_model2"], "float64", **TINY[family])
