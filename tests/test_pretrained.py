@@ -12,6 +12,7 @@ import safetensors.numpy
 import torch
 
 import vit_jax_ext as vx
+from vit_jax_ext.models.crossvit import CrossViT
 
 DEPTH = ((1, 1),)  # one multi-scale block, so that creating the model is quick
 
@@ -231,6 +232,7 @@ def test_memory_and_time_of_a_large_file(tmp_path):
 import os, resource, sys, time, psutil, torch
 from flax import nnx
 import vit_jax_ext as vx
+from vit_jax_ext.models.crossvit import CrossViT
 _, what, path = sys.argv
 model = nnx.eval_shape(lambda: vx.create_model("crossvit_base_224", rngs=nnx.Rngs(0)))
 before, start = psutil.Process().memory_info().rss, time.perf_counter()
@@ -247,3 +249,14 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / os.
   print(f"memory {memory:.2f} of the file, time {ours / theirs:.2f} of torch.load")
   assert memory < 3
   assert ours / theirs < 3
+
+
+def test_a_class_without_a_registered_name(state_dict):
+  model = nnx.eval_shape(
+    lambda: CrossViT(
+      embed_dim=(96, 192), num_heads=(3, 3), depth=DEPTH, rngs=nnx.Rngs(0), dtype=jnp.float32, param_dtype=jnp.float32
+    )
+  )
+  assert len(vx.load_pretrained(model, state_dict).loaded) == len(state_dict)
+  with pytest.raises(vx.UserError, match="CrossViT"):
+    vx.load_pretrained(model, {})

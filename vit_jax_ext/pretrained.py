@@ -80,7 +80,8 @@ def load_pretrained(model: nnx.Module, source: Source, *, keep_classifier: bool 
     UserError: the source cannot be read; a parameter without an entry or an entry without a parameter; a wrong shape
       or type; a value that is not finite. The model is then unchanged.
   """
-  weights, where = read_source(source, model.variant)
+  variant = getattr(model, "variant", type(model).__name__)  # a class may be used without its registered name
+  weights, where = read_source(source, variant)
   report, filled = LoadReport(where), {}
   missing, misfits = [], []
   for path, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
@@ -111,7 +112,7 @@ def load_pretrained(model: nnx.Module, source: Source, *, keep_classifier: bool 
       report.unused.append(name)
   unknown = [name for name in weights if name not in report.unused]
   if missing or unknown or misfits:
-    raise UserError(_misfit(model, where, missing, unknown, misfits))
+    raise UserError(_misfit(variant, where, missing, unknown, misfits))
   nnx.update(model, nnx.from_flat_state([(path, _place(*pair)) for path, pair in filled.items()]))
   return report
 
@@ -144,7 +145,7 @@ def read_source(source: Source, variant: str) -> tuple[dict[str, np.ndarray], st
   return _from_timm({name: np.asarray(array) for name, array in weights.items()}), where
 
 
-def _misfit(model: nnx.Module, where: str, missing: list[str], unknown: list[str], misfits: list[str]) -> str:
+def _misfit(variant: str, where: str, missing: list[str], unknown: list[str], misfits: list[str]) -> str:
   complaints = []
   if missing:
     complaints.append(f"{len(missing)} missing: {_some(missing)}")
@@ -152,7 +153,7 @@ def _misfit(model: nnx.Module, where: str, missing: list[str], unknown: list[str
     complaints.append(f"{len(unknown)} that the model does not have: {_some(unknown)}")
   if misfits:
     complaints.append(f"{len(misfits)} that do not fit: {_some(misfits)}")
-  return f"weights from {where} are not those of this {model.variant}; {'; '.join(complaints)}"
+  return f"weights from {where} are not those of this {variant}; {'; '.join(complaints)}"
 
 
 def _some(names: list[str]) -> str:

@@ -2,13 +2,13 @@
 
 import math
 
-from flax import nnx
 import jax
 import numpy as np
 import optax
 import pytest
 
 from configs import digits
+from tests.training.five_steps import five_steps, relative
 import vit_jax_ext as vx
 from vit_jax_ext.models import registry
 from vit_jax_ext.training import checkpoint, sharding, train_step
@@ -26,56 +26,6 @@ TINY = {
   "deepvit": dict(image_size=8, patch_size=2, embed_dim=16, depth=2, num_heads=2),
   "crossvit": dict(image_size=8, patch_size=(2, 4), embed_dim=(9, 16), num_heads=(3, 2), depth=((1, 1),)),
 }
-
-
-def five_steps(family, mesh, **overrides):
-  """Trains the small model of a family: (initial parameters, losses, final parameters), float64 as NumPy.
-
-  Adam divides by the gradient's own size. Where the true gradient is zero (biases of keys, under softmax; biases in
-  front of BatchNorm) float32 leaves rounding errors, and Adam's usual epsilon of 1e-8 blows them up to the learning
-  rate. 1e-3 is above them, and below most gradients.
-  """
-  name, options = digits.MODELS[family]
-  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, eps=1e-3))
-
-  def create():
-    options_here = {"image_size": 24, "drop_path_rate": 0.1} | options | overrides
-    return vx.create_model(name, num_classes=10, rngs=nnx.Rngs(0), **options_here)
-
-  def init():
-    return train_step.init_state(create, tx, use_ema=True)
-
-  model = nnx.eval_shape(create)
-  layout = Layout(model, mesh)
-  places = layout.shardings(jax.eval_shape(init))
-  step = jax.jit(
-    train_step.make_train_step(
-      train_step.split_model(model)[0],
-      tx,
-      mean=(0.5,) * 3,
-      std=(0.5,) * 3,
-      seed=0,
-      ema_decay=0.9,
-      gather=layout.gather,
-    ),
-    in_shardings=(places, sharding.batch_sharding(mesh)),
-    out_shardings=(places, sharding.replicated(mesh)),
-    donate_argnums=0,
-  )
-  state = jax.jit(init, out_shardings=places)()
-  first, losses, rng = jax.device_get(state.params), [], np.random.default_rng(0)
-  for _ in range(5):
-    image = rng.integers(0, 256, (16, *model.image_size, 3), dtype=np.uint8)
-    batch = {"image": image, "label": rng.integers(0, 10, 16).astype(np.int32)}
-    state, metrics = step(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
-    losses.append(float(metrics["loss"]))
-  return first, losses, jax.device_get({"params": state.params, "stats": state.stats, "ema": state.ema})
-
-
-def relative(ours, others):
-  """Euclidean distance of two trees of arrays, in lengths of the first."""
-  ours, others = (np.concatenate([np.float64(x).ravel() for x in jax.tree.leaves(tree)]) for tree in (ours, others))
-  return np.linalg.norm(ours - others) / np.linalg.norm(ours)
 
 
 def relative_of_each_array(ours, others):
@@ -107,7 +57,7 @@ def check_agreement(family, meshes, dtype="float32", **overrides):
       assert worst[0] < 1e-9
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", ["deepvit", pytest.param("crossvit", marks=pytest.mark.slow)])
 def test_tiny_models_train_the_same_on_one_device_and_on_eight(family, x64):
   """With BatchNorm; with widths and heads of which two devices divide one."""
   check_agreement(family, ["data2_fsdp2_model2"], "float64", **TINY[family])

@@ -1,10 +1,13 @@
 """Input pipelines; TensorFlow lives here and nowhere else."""
 
+import contextlib
 import os
 
 import tensorflow as tf
 
 tf.config.set_visible_devices([], "GPU")  # the accelerators belong to JAX
+with contextlib.suppress(RuntimeError):  # too late if TensorFlow is in use already; then it is only slower
+  tf.config.threading.set_intra_op_parallelism_threads(1)  # the cores work on different images, not on parts of one
 
 # XLA_FLAGS are meant for JAX. TensorFlow's own, older XLA ends the process over a flag that it does not know, so it
 # compiles its first program, which is when it reads them, without any.

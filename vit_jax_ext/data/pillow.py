@@ -18,7 +18,8 @@ def auto_contrast(image: tf.Tensor) -> tf.Tensor:
   high = tf.reduce_max(tf.reshape(tf.reduce_max(rows, axis=0), (-1, 3)), axis=0)
   low, high = tf.cast(low, tf.float64)[:, None], tf.cast(high, tf.float64)[:, None]
   levels, scale = tf.range(256, dtype=tf.float64), 255 / tf.maximum(high - low, 1)
-  table = tf.where(high > low, tf.clip_by_value(levels * scale - low * scale, 0, 255), levels)
+  stretched = _rounded(levels * scale) - _rounded(low * scale)
+  table = tf.where(high > low, tf.clip_by_value(stretched, 0, 255), levels)
   return _look_up(image, tf.cast(table, tf.uint8))
 
 
@@ -136,8 +137,13 @@ def _luminance(image):
 def _blend(degenerate, image, factor):
   """Inter- or extrapolates from `degenerate` through `image`; rounds down, as Pillow does."""
   degenerate = tf.cast(degenerate, tf.float32)
-  blended = degenerate + factor * (tf.cast(image, tf.float32) - degenerate)
+  blended = degenerate + _rounded(factor * (tf.cast(image, tf.float32) - degenerate))
   return tf.cast(tf.clip_by_value(blended, 0, 255), tf.uint8)
+
+
+def _rounded(product):
+  """Keeps XLA from fusing a multiplication with the addition that follows: Pillow rounds after each."""
+  return tf.minimum(product, 1e9)
 
 
 def _centers(size):
@@ -177,6 +183,6 @@ def _resample(image, dx, dy, fill, interpolation):
     row_weight * sum(weight * tf.gather(pixels, row * width + column) for column, weight in columns)
     for row, row_weight in rows
   )
-  # Pillow rounds down what it computed in double precision; our rounding errors must not cost a level.
-  value = tf.cast(tf.clip_by_value(value + 1e-3, 0, 255), tf.uint8)
+  # Pillow rounds down what it computed in double precision; our rounding errors, below 1e-4, must not cost a level.
+  value = tf.cast(tf.clip_by_value(value + 1e-4, 0, 255), tf.uint8)
   return tf.where(inside[..., None], value, tf.constant(fill, tf.uint8))

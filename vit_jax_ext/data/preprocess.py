@@ -105,23 +105,40 @@ def resize(image: tf.Tensor, size: tuple[int, int], interpolation: str) -> tf.Te
     size: (height, width).
     interpolation: "bilinear" or "bicubic".
   """
+  return _resize_and_crop(image, tf.constant(size), (0, 0), size, interpolation)
+
+
+def resize_and_center_crop(image: tf.Tensor, size: tuple[int, int], crop: float) -> tf.Tensor:
+  """Resizes bicubically so that `size` is the central `crop` share of the shorter side, and cuts it out.
+
+  Rounds the sizes as timm does, by way of torchvision's Resize and CenterCrop.
+  """
+  shape, whole = tf.shape(image)[:2], tf.constant([math.floor(side / crop) for side in size])
+  fitting = tf.argmax(whole / shape)
+  resized = whole[fitting] * shape // shape[fitting]
+  offset = tf.cast(tf.round((resized - size) / 2), tf.int32)
+  return _resize_and_crop(image, resized, offset, size, "bicubic")
+
+
+def _resize_and_crop(image, resized, offset, size, interpolation):
+  """Returns `size` pixels of the image resized to `resized` from `offset` on; all are (height, width)."""
   # The op is slow along rows: it steps over three channels. Given whole rows as channels it steps over thousands.
-  rows = _resize_columns(image, size[0], interpolation)
-  columns = _resize_columns(tf.transpose(rows, (1, 0, 2)), size[1], interpolation)
+  rows = _resize_columns(image, resized[0], offset[0], size[0], interpolation)
+  columns = _resize_columns(tf.transpose(rows, (1, 0, 2)), resized[1], offset[1], size[1], interpolation)
   return _transpose_to_uint8(columns)
 
 
-def _resize_columns(image, size, interpolation):
+def _resize_columns(image, resized, offset, size, interpolation):
   height, width = tf.shape(image)[0], image.shape[1] or tf.shape(image)[1]
-  resized = tf.raw_ops.ScaleAndTranslate(
+  result = tf.raw_ops.ScaleAndTranslate(
     images=tf.reshape(image, (1, height, 1, width * 3)),
     size=(size, 1),
-    scale=tf.stack([size / tf.cast(height, tf.float32), 1.0]),
-    translation=(0.0, 0.0),
+    scale=tf.stack([tf.cast(resized / height, tf.float32), 1.0]),
+    translation=tf.stack([-tf.cast(offset, tf.float32), 0.0]),
     kernel_type={"bilinear": "triangle", "bicubic": "keyscubic"}[interpolation],
     antialias=True,
   )
-  return tf.reshape(resized, (size, width, 3))
+  return tf.reshape(result, (size, width, 3))
 
 
 @tf.function(autograph=False, jit_compile=True)
@@ -141,36 +158,17 @@ def _flip(image, flip):
 
 def color_jitter(image: tf.Tensor, seed: tf.Tensor, strength: float = 0.4) -> tf.Tensor:
   """Changes brightness, contrast and saturation, in random order, by factors from [1 - strength, 1 + strength]."""
-  return _color_jitter(image, uniform(seed, Stream.COLOR_JITTER, (2, 3)), strength)
-
-
-@tf.function(autograph=False, jit_compile=True)
-def _color_jitter(image, draws, strength):
-  order = tf.argsort(draws[0])
+  draws = uniform(seed, Stream.COLOR_JITTER, (2, 3))
   factors = 1 + strength * (2 * draws[1] - 1)
-  for operation in tf.unstack(order):
-    arguments = image, factors[operation]
-    branches = [functools.partial(change, *arguments) for change in (pillow.brightness, pillow.contrast, pillow.color)]
-    image = tf.switch_case(operation, branches)
+  for which in tf.unstack(tf.argsort(draws[0])):
+    image = _change_color(image, which, factors[which])
   return image
 
 
-def to_uint8(image: tf.Tensor) -> tf.Tensor:
-  """Rounds and clips; bicubic interpolation overshoots."""
-  return tf.saturate_cast(tf.round(image), tf.uint8)
-
-
-def resize_and_center_crop(image: tf.Tensor, size: tuple[int, int], crop: float) -> tf.Tensor:
-  """Resizes bicubically so that `size` is the central `crop` share of the shorter side, and cuts it out.
-
-  Antialiases when it shrinks, as Pillow does.
-  """
-  height, width = size
-  shape = tf.cast(tf.shape(image)[:2], tf.float32)
-  scale = tf.reduce_max(tf.constant([height, width], tf.float32) / shape) / crop
-  resized = tf.cast(tf.round(shape * scale), tf.int32)
-  image = tf.image.resize(image, resized, method="bicubic", antialias=True)
-  return to_uint8(tf.image.resize_with_crop_or_pad(image, height, width))
+@tf.function(autograph=False, jit_compile=True)
+def _change_color(image, which, factor):
+  changes = [pillow.brightness, pillow.contrast, pillow.color]
+  return tf.switch_case(which, [functools.partial(change, image, factor) for change in changes])
 
 
 def random_shift_and_scale(image: tf.Tensor, seed: tf.Tensor, shift: float, scale: float) -> tf.Tensor:
@@ -199,4 +197,4 @@ def random_shift_and_scale(image: tf.Tensor, seed: tf.Tensor, shift: float, scal
     interpolation="BILINEAR",
     fill_mode="CONSTANT",
   )
-  return to_uint8(moved[0])
+  return tf.saturate_cast(tf.round(moved[0]), tf.uint8)

@@ -16,7 +16,7 @@ from vit_jax_ext.data.datasets import Dataset, open_dataset
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import registry
 from vit_jax_ext.pretrained import load_pretrained
-from vit_jax_ext.training import checkpoint, sharding
+from vit_jax_ext.training import checkpoint, distributed, sharding
 from vit_jax_ext.training.partition import Layout
 from vit_jax_ext.training.train_step import Batch, Metrics, make_eval_step, split_model
 
@@ -114,7 +114,8 @@ def evaluate_weights(config: ml_collections.ConfigDict, workdir: str | None, out
     workdir: the run's; None to evaluate `config.pretrained`.
     output: folder for evaluation.json, if any.
   """
-  dataset = open_dataset(config.dataset.name, config.dataset.data_dir)
+  with distributed.first_process_first("dataset"):
+    dataset = open_dataset(config.dataset.name, config.dataset.data_dir)
   images = dataset.num_examples(config.dataset.eval_split)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch_size("batch_size", config.batch_size, mesh)
@@ -126,6 +127,8 @@ def evaluate_weights(config: ml_collections.ConfigDict, workdir: str | None, out
     if not ema or (workdir and config.ema_decay):
       name, step, weights = load_weights(config, workdir, model, evaluator.layout.weights, ema=ema)
       results |= {f"{prefix}/{score}": value for score, value in evaluator(**weights).items()}
+  if jax.process_index():
+    return results  # one process tells
   print(f"{name}: {images} images of {config.dataset.name}/{config.dataset.eval_split}")
   for name, value in results.items():
     print(f"  {name:16} {value:.4f}" if name.endswith("loss") else f"  {name:16} {value:.2%}")

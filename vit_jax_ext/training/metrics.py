@@ -4,6 +4,7 @@ import json
 import os
 
 from clu import metric_writers
+import jax
 
 
 class JsonlWriter(metric_writers.LoggingWriter):
@@ -41,7 +42,12 @@ class JsonlWriter(metric_writers.LoggingWriter):
 
 
 def create_writer(workdir: str, first_step: int) -> metric_writers.MultiWriter:
-  """Returns the writer of TensorBoard files, console lines and metrics.jsonl; writes in the background."""
+  """Returns the writer of TensorBoard files, console lines and metrics.jsonl; writes in the background.
+
+  Of several processes one writes.
+  """
+  if jax.process_index():
+    return metric_writers.MultiWriter([])
   return metric_writers.AsyncMultiWriter(
     [metric_writers.SummaryWriter(workdir), metric_writers.LoggingWriter(), JsonlWriter(workdir, first_step)]
   )

@@ -23,7 +23,7 @@ from vit_jax_ext.training.train_step import split_model
 RULES = (
   (r"mlp\.fc1\.(kernel|bias)$", -1, "hidden units"),
   (r"mlp\.fc2\.kernel$", 0, "hidden units"),
-  (r"(attn|attnC|content_attn)\.proj\.kernel$", 0, "heads"),
+  (r"attnC?\.proj\.kernel$", 0, "heads"),
   (r"attn\.w[qkv]\.(kernel|bias)$", -1, "heads"),
   (r"get_v\.(kernel|bias)$", -1, "heads"),
   (r"relative_position_bias_table$", 1, "heads"),

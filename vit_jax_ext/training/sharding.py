@@ -23,7 +23,7 @@ def make_mesh(shape: Mapping[str, int]) -> Mesh:
     shape: size of each axis of `AXES`; one of them may be -1, what the others leave.
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices.
+    UserError: the sizes do not multiply to the number of devices, or the model axis leaves a host.
   """
   sizes = [shape[axis] for axis in AXES]
   devices = jax.device_count()
@@ -39,6 +39,9 @@ def make_mesh(shape: Mapping[str, int]) -> Mesh:
   names = ("data", *(f"fsdp{i}" for i in range(len(factors))), "model")
   # Laid out by its three axes, which follow the network's topology, and only then refined.
   devices = jax.make_mesh(sizes, AXES).devices.reshape(data, *factors, model)
+  if any(len({device.process_index for device in group}) > 1 for group in devices.reshape(-1, model)):
+    # Such hosts would have to read the same images.
+    raise UserError(f"mesh model={model} reaches over hosts of {jax.local_device_count()} devices; choose a divisor")
   return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
 
 

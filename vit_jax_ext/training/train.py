@@ -16,7 +16,7 @@ from vit_jax_ext.console import Progress
 from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import open_dataset
 from vit_jax_ext.pretrained import load_pretrained
-from vit_jax_ext.training import checkpoint, metrics
+from vit_jax_ext.training import checkpoint, distributed, metrics
 from vit_jax_ext.training.evaluate import SplitEvaluator
 from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.train_step import TrainState, split_model
@@ -46,7 +46,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   """
   # The dataset says how many classes there are and how long an epoch is; nothing is allocated yet.
   data = config.dataset
-  dataset = open_dataset(data.name, data.data_dir)
+  with distributed.first_process_first("dataset"):
+    dataset = open_dataset(data.name, data.data_dir)
   dataset.num_examples(data.eval_split)
   experiment = Experiment(config, len(dataset.class_names), dataset.num_examples(data.train_split))
   model, total_steps = experiment.model, experiment.total_steps
@@ -57,7 +58,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     state = experiment.init()
     if config.pretrained:
       state = _load_pretrained(state, split_model(model)[0], config.pretrained)
-  claim_workdir(workdir, config)
+  with distributed.first_process_first("workdir"):
+    claim_workdir(workdir, config)
   checkpoints = checkpoint.open_checkpoints(workdir, keep_last=config.checkpoint.keep_last)
   if first_step:
     like = checkpoint.abstract(jax.eval_shape(experiment.init), experiment.places)
