@@ -215,17 +215,6 @@ def test_shift_and_scale_equal_scipy():
     assert np.abs(ours.astype(float) - theirs).max() < 1.0
 
 
-def test_evaluation_resize_equals_pillow():
-  pillow = pytest.importorskip("PIL.Image")
-  image = sklearn.datasets.load_sample_image("china.jpg")  # 427 x 640
-  ours = preprocess.resize_and_center_crop(tf.constant(image), (224, 224), crop=0.875).numpy()
-  height, width = 256, round(640 * 256 / 427)
-  theirs = pillow.fromarray(image).resize((width, height), pillow.BICUBIC)
-  left, top = (width - 224) // 2, (height - 224) // 2
-  theirs = np.asarray(theirs.crop((left, top, left + 224, top + 224)))
-  assert np.abs(ours.astype(float) - theirs).mean() < 1
-
-
 @pytest.mark.parametrize(
   ("name", "words"),
   [("no_such_dataset", ["no_such_dataset", "data_dir"]), ("imagenet2012", ["imagenet2012", "not prepared"]),
