@@ -10,7 +10,8 @@ Any value of the config is set with --config.KEY=VALUE, for example
   python main.py --config=configs/digits.py:crossvit --workdir=/tmp/run --config.batch_size=64
 evaluate, predict, analyze and export take a run's weights from --workdir, others from --config.pretrained=FILE.
 No command means train, no --config means configs/digits.py, no --workdir a fixed folder under ~/.cache/vit_jax_ext.
-Exit status: 0 done, 2 your input is wrong (one line says what), 1 anything else.
+Exit status: 0 done, 2 your input is wrong (one line says what), 75 preempted (SIGTERM) and saved: run the same command
+again, 1 anything else.
 """
 
 
@@ -214,17 +215,17 @@ def main() -> int:
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # announces itself twice at every start
   args, overrides = parse_args(sys.argv[1:])
   from vit_jax_ext.console import log_to_console
-  from vit_jax_ext.errors import ClusterError, UserError
+  from vit_jax_ext.errors import Preempted, RunError, UserError
 
   log_to_console()
   try:
     run(args, overrides)
-  except UserError as error:
+  except Preempted as notice:
+    print(notice, file=sys.stderr)
+    return notice.status
+  except (UserError, RunError) as error:
     print(f"error: {error}", file=sys.stderr)
-    return 2
-  except ClusterError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
+    return error.status
   except KeyboardInterrupt:
     goes_on = "; the same command continues from the last checkpoint" if args.command in ("train", "study") else ""
     print(f"interrupted{goes_on}", file=sys.stderr)

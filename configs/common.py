@@ -66,6 +66,7 @@ def base_config() -> ConfigDict:
   config.cosine_regularizer.blocks = ()  # block i is compared with i + 1 (DeepViT-32b: 0 to 11)
   config.ema_decay = 0.0  # 0: no averaged weights
 
+  config.skip_nonfinite = False  # leave out updates whose loss or gradients are not finite, instead of stopping
   config.log_every_steps = 50
   config.eval_every_steps = 1000
   config.checkpoint = ConfigDict()

@@ -147,18 +147,27 @@ def test_unreadable_images_and_foreign_workdirs(run, workdir, tmp_path):
 
 
 def test_killed_run_continues_bitwise(workdir, tmp_path, data_dir):
-  """Kill -9 in the middle, then the same command again; metrics and weights are those of the run that was let be."""
+  """SIGTERM, then kill -9, then the same command again; metrics and weights are those of the run that was let be."""
   command = [
     sys.executable, "main.py", f"--workdir={tmp_path}", f"--config.dataset.data_dir={data_dir}", *TINY,
   ]  # fmt: skip
   environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-  process = subprocess.Popen(command, cwd=os.path.dirname(main.__file__), env=environment, stderr=subprocess.PIPE)
-  deadline = time.monotonic() + 240
-  while not (tmp_path / "checkpoints" / "6").exists() and process.poll() is None and time.monotonic() < deadline:
-    time.sleep(0.01)
-  process.send_signal(signal.SIGKILL)
-  process.wait()
-  assert process.returncode == -signal.SIGKILL
+
+  def start_and_stop(step, notice):
+    process = subprocess.Popen(
+      command, cwd=os.path.dirname(main.__file__), env=environment, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 240
+    while checkpoint.latest_step(tmp_path) < step and process.poll() is None and time.monotonic() < deadline:
+      time.sleep(0.01)
+    process.send_signal(notice)
+    return process.communicate()[1], process.returncode
+
+  stderr, status = start_and_stop(2, signal.SIGTERM)
+  assert status == 75
+  saved = checkpoint.latest_step(tmp_path)
+  assert stderr.splitlines()[-1] == f"preempted at step {saved} of 20; the same command continues from there"
+  assert start_and_stop(saved + 4, signal.SIGKILL)[1] == -signal.SIGKILL
   assert subprocess.run(command, cwd=os.path.dirname(main.__file__), env=environment).returncode == 0
 
   def numbers(folder):

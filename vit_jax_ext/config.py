@@ -14,7 +14,8 @@ import ml_collections
 from vit_jax_ext.errors import UserError
 
 # What may differ when a run is continued: it changes where and how often, not what is computed.
-FREE_KEYS = ("mesh", "checkpoint", "log_every_steps", "eval_every_steps", "dataset.data_dir")
+FREE_KEYS = ("mesh", "checkpoint", "log_every_steps", "eval_every_steps", "dataset.data_dir",
+             "skip_nonfinite")  # fmt: skip
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:

@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Mapping
 import contextlib
 import logging
+import sys
 import time
+import warnings
 
 from absl import logging as absl_logging
 import rich.console
@@ -13,11 +15,12 @@ CONSOLE = rich.console.Console(stderr=True)
 
 
 class _ConsoleHandler(logging.Handler):
-  """Prints our own and clu's records, and everybody's errors, above the live bar."""
+  """Prints our own and clu's records, and everybody's errors but those that are raised too, above the live bar."""
 
   def emit(self, record: logging.LogRecord) -> None:
     ours = "vit_jax_ext" in record.pathname or "metric_writers" in record.pathname
-    if ours or record.levelno >= logging.ERROR:
+    raised = "orbax" in record.pathname or "asynclib" in record.pathname
+    if ours or (record.levelno >= logging.ERROR and not raised):
       message = f"{time.strftime('%H:%M:%S')} {record.getMessage()}"
       CONSOLE.print(message, soft_wrap=True, markup=False, highlight=False)
 
@@ -28,6 +31,10 @@ def log_to_console() -> None:
   logger.handlers[:] = [_ConsoleHandler()]
   logger.propagate = False
   absl_logging.set_verbosity(absl_logging.INFO)
+  # What orbax and TensorStore leave behind after an error that they have raised.
+  logging.getLogger("asyncio").disabled = True
+  sys.unraisablehook = lambda _: None
+  warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def transfer_bar() -> rich.progress.Progress:

@@ -1,13 +1,22 @@
-"""The exceptions that are no defects of ours, each told in one line."""
+"""The exceptions that are no defects of ours, each told in one line; `status` is the exit status of the command."""
 
 
 class UserError(ValueError):
   """A mistake in the user's input, told in one line: the thing, the value, the remedy.
 
-  The command line prints the message alone and exits with status 2; exceptions that are not in this
-  file are defects of ours.
+  The command line prints the message alone; exceptions that are not in this file are defects of ours.
   """
 
+  status = 2
 
-class ClusterError(RuntimeError):
-  """The machines are not as they should be, which no change of the command mends; exit status 1."""
+
+class RunError(RuntimeError):
+  """What no change of the command mends: a host that does not come, a full disk, a loss that is not finite."""
+
+  status = 1
+
+
+class Preempted(RunError):
+  """The machine is about to be taken away. All is saved, and the same command continues."""
+
+  status = 75  # EX_TEMPFAIL of sysexits.h: try again

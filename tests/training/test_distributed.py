@@ -17,7 +17,7 @@ import main
 from tests.training.five_steps import five_steps, relative
 import vit_jax_ext as vx
 from vit_jax_ext import config as configs
-from vit_jax_ext.errors import ClusterError
+from vit_jax_ext.errors import RunError
 from vit_jax_ext.training import distributed
 from vit_jax_ext.training.checkpoint import latest_step
 from vit_jax_ext.training.evaluate import evaluate_weights
@@ -53,14 +53,14 @@ def test_everybody_learns_who_is_missing(coordinator):
   came = meet(coordinator, 4, [0, 2], hosts=["a", "b", "c", "d"], wait=2)
   here = socket.gethostname()
   for future in came:
-    assert isinstance(future.exception(), ClusterError)
+    assert isinstance(future.exception(), RunError)
     assert str(future.exception()) == (
       f"process 1 (b), 3 (d) of 4 did not come within 2 s; there are 0 ({here}), 2 ({here})"
     )
 
 
 def test_the_first_process_is_missing(coordinator):
-  with pytest.raises(ClusterError, match=f"process 0 did not come within 1 s: no answer at {coordinator}"):
+  with pytest.raises(RunError, match=f"process 0 did not come within 1 s: no answer at {coordinator}"):
     distributed.meet(coordinator, 2, 1, wait=1)
 
 
@@ -106,7 +106,7 @@ def test_slurm_says_who_belongs_together(monkeypatch):
   monkeypatch.setenv("SLURM_NTASKS", "4")
   monkeypatch.setenv("SLURM_PROCID", "0")
   monkeypatch.setenv("SLURM_LOCALID", "0")
-  with pytest.raises(ClusterError, match="process 1, 2, 3 of 4 did not come"):
+  with pytest.raises(RunError, match="process 1, 2, 3 of 4 did not come"):
     distributed.join(None, None, None, wait=1)
 
 

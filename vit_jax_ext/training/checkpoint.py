@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 import contextlib
+import json
 import os
+import time
 from typing import Any
 
+from absl import logging
 from etils import epath
 from flax import nnx
 import jax
@@ -13,16 +16,35 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from vit_jax_ext.errors import UserError
+from vit_jax_ext.training import digests, faults
 from vit_jax_ext.training.train_step import TrainState, split_model
 
 BEST_METRIC = "eval/top1"
 
 
-def open_checkpoints(workdir: str, *, keep_last: int = 1, read_only: bool = False) -> ocp.CheckpointManager:
-  """Opens the checkpoints of a run; saves asynchronously, keeps the last `keep_last` and the best by eval/top1."""
+class _Manager(ocp.CheckpointManager):
+  """Leaves preemption to `faults.Preemption`: asked with other numbers in between, JAX would lose the common step."""
+
+  def reached_preemption(self, step: int) -> bool:
+    return False
+
+
+@contextlib.contextmanager
+def open_checkpoints(workdir: str, *, keep_last: int = 1, read_only: bool = False) -> Iterator[ocp.CheckpointManager]:
+  """Opens the checkpoints of a run; saves asynchronously, keeps the last `keep_last` and the best by eval/top1.
+
+  Raises:
+    RunError: they cannot be written, when the last one has to be complete at the latest.
+  """
+  folder = epath.Path(workdir).absolute() / "checkpoints"
 
   def best_metric(metrics):
     return metrics[BEST_METRIC]
+
+  def write_digests():  # orbax calls this when all files are written, and commits the checkpoint after it
+    if not jax.process_index():
+      steps = (path for path in folder.iterdir() if path.name.partition(".")[0].isdecimal())
+      digests.write(max(steps, key=lambda path: int(path.name.partition(".")[0])))  # STEP.SUFFIX until then
 
   best = checkpoint_managers.BestN(get_metric_fn=best_metric, n=1, keep_checkpoints_without_metrics=False)
   options = ocp.CheckpointManagerOptions(
@@ -30,8 +52,15 @@ def open_checkpoints(workdir: str, *, keep_last: int = 1, read_only: bool = Fals
     preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(keep_last), best]),
     read_only=read_only,
     cleanup_tmp_directories=not read_only,
+    async_options=ocp.options.AsyncOptions(post_finalization_callback=write_digests),
   )
-  return ocp.CheckpointManager(epath.Path(workdir).absolute() / "checkpoints", options=options)
+  with faults.writing(workdir):
+    checkpoints = _Manager(folder, options=options)
+  try:
+    yield checkpoints
+  finally:
+    with faults.writing(workdir):
+      checkpoints.close()
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -44,16 +73,71 @@ def _items(state: TrainState) -> dict[str, Any]:
   return {name: item for name, item in items.items() if jax.tree.leaves(item)}
 
 
+def _folder(workdir: str, step: int) -> epath.Path:
+  return epath.Path(workdir).expanduser().absolute() / "checkpoints" / str(step)
+
+
+def _complete_steps(workdir: str) -> list[int]:
+  folder = epath.Path(workdir) / "checkpoints"
+  return ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+
+
+def inspect(workdir: str) -> tuple[int, list[int]]:
+  """Reads all complete checkpoints of a run and compares them with their digests; logs a line for each damaged one.
+
+  Returns:
+    The newest undamaged step, 0 if there are no checkpoints; and the damaged steps.
+
+  Raises:
+    UserError: all are damaged.
+  """
+  steps = _complete_steps(workdir)
+  damaged = {step: why for step in steps if (why := digests.damage(_folder(workdir, step)))}
+  step = max(set(steps) - set(damaged), default=0)
+  for bad, why in damaged.items():
+    logging.warning("checkpoint %s is damaged: %s", _folder(workdir, bad), why)
+  if damaged and not step:
+    raise UserError(
+      f"all checkpoints in {workdir} are damaged ({', '.join(map(str, sorted(damaged)))}); restore one, or train anew "
+      "in another workdir"
+    )
+  return step, sorted(damaged)
+
+
+def set_aside(workdir: str, steps: list[int]) -> None:
+  """Moves checkpoints to the folder `damaged`, for whoever wants to look into them; their steps are trained again."""
+  for step in steps:
+    target = epath.Path(workdir) / "damaged" / f"{step}-{time.strftime('%Y%m%dT%H%M%S')}"
+    target.parent.mkdir(exist_ok=True)
+    _folder(workdir, step).rename(target)
+    logging.warning("it is now %s", target)
+
+
 def save(checkpoints: ocp.CheckpointManager, step: int, state: TrainState, metrics: dict[str, float] | None) -> None:
   """Starts saving `state`, with the `metrics` of this step's evaluation if any; returns once it is off the devices."""
   items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
-  checkpoints.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+  with faults.writing(os.fspath(checkpoints.directory.parent)):
+    checkpoints.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
 
-def restore(checkpoints: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
+def add_metrics(checkpoints: ocp.CheckpointManager, step: int, metrics: dict[str, float]) -> None:
+  """Adds the `metrics` of an evaluation to a checkpoint that was saved without."""
+  folder = checkpoints.directory / str(step)
+  with (
+    faults.writing(os.fspath(checkpoints.directory.parent)),
+    ocp.Checkpointer(ocp.JsonCheckpointHandler("metrics")) as writer,
+  ):
+    writer.save(folder / "metrics", args=ocp.args.JsonSave(metrics))
+    if not jax.process_index():
+      digests.write(folder)
+  checkpoints.reload()
+
+
+def restore(workdir: str, step: int, like: TrainState) -> TrainState:
   """Returns the state saved at `step`, in the shapes, dtypes and shardings of `like` (ShapeDtypeStructs)."""
   items = {name: ocp.args.StandardRestore(item) for name, item in _items(like).items()}
-  restored = checkpoints.restore(step, args=ocp.args.Composite(**items))
+  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+    restored = reader.restore(_folder(workdir, step), args=ocp.args.Composite(**items))
   model, optimizer = restored["model"], restored["optimizer"]
   return TrainState(
     optimizer["step"], model["params"], model["stats"], optimizer["opt_state"], restored.get("ema") or {}
@@ -70,34 +154,36 @@ def restore_weights(workdir: str, model: nnx.Module, shardings: Any, *, ema: boo
     ema: the averaged weights instead of the raw ones.
 
   Raises:
-    UserError: there is no checkpoint.
+    UserError: there is no undamaged checkpoint.
   """
-  with _best_checkpoint(workdir) as (checkpoints, step):
-    item = "ema" if ema else "model"
-    _, params, stats = split_model(model)
-    like = abstract({"params": params, "stats": stats}, shardings)
-    return step, checkpoints.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))[item]
+  step = _best_step(workdir)
+  _, params, stats = split_model(model)
+  like = abstract({"params": params, "stats": stats}, shardings)
+  with ocp.StandardCheckpointer() as reader:
+    return step, reader.restore(_folder(workdir, step) / ("ema" if ema else "model"), like)
 
 
 def latest_step(workdir: str) -> int:
-  """Returns the step of a run's newest complete checkpoint, 0 if there is none."""
-  if not (epath.Path(workdir) / "checkpoints").is_dir():
-    return 0
-  with open_checkpoints(workdir, read_only=True) as checkpoints:
-    return checkpoints.latest_step() or 0
+  """Returns the step of a run's newest complete and undamaged checkpoint, 0 if there is none."""
+  return inspect(workdir)[0]
 
 
-@contextlib.contextmanager
-def _best_checkpoint(workdir: str) -> Iterator[tuple[ocp.CheckpointManager, int]]:
-  """Opens a run's checkpoints and finds the best step, or the last when none was evaluated."""
-  if (epath.Path(workdir) / "checkpoints").is_dir():
-    with open_checkpoints(workdir, read_only=True) as checkpoints:
-      step = checkpoints.best_step()
-      step = checkpoints.latest_step() if step is None else step
-      if step is not None:
-        yield checkpoints, step
-        return
-  raise UserError(f"workdir {workdir} holds no complete checkpoint; train there first")
+def _best_step(workdir: str) -> int:
+  """Returns a run's step with the best score that is undamaged, or the last one when none was evaluated."""
+  rank = {}
+  for step in _complete_steps(workdir):
+    scores = _folder(workdir, step) / "metrics" / "metrics"
+    try:
+      rank[step] = json.loads(scores.read_text())[BEST_METRIC] if scores.exists() else -1.0
+    except (ValueError, KeyError):
+      rank[step] = -1.0  # its digest will not fit
+  for step in sorted(rank, key=lambda step: (rank[step], step), reverse=True):
+    if why := digests.damage(_folder(workdir, step)):
+      logging.warning("checkpoint %s is damaged: %s; the next best is taken", _folder(workdir, step), why)
+    else:
+      return step
+  kind = "undamaged" if rank else "complete"
+  raise UserError(f"workdir {workdir} holds no {kind} checkpoint; train there first")
 
 
 def read_weights(folder: str) -> tuple[int, str, dict[tuple, np.ndarray]] | None:
@@ -117,8 +203,9 @@ def read_weights(folder: str) -> tuple[int, str, dict[tuple, np.ndarray]] | None
     return None
   path = epath.Path(folder).expanduser().absolute()
   if (path / "checkpoints").is_dir():
-    with _best_checkpoint(os.fspath(path)) as (_, step):
-      path = path / "checkpoints" / str(step)
+    path = _folder(os.fspath(path), _best_step(os.fspath(path)))
+  elif why := digests.damage(path):
+    raise UserError(f"checkpoint {path} is damaged: {why}; choose another one in {path.parent}")
   item = "ema" if (path / "ema").is_dir() else "model"
   if not (path / item).is_dir():
     return None
@@ -141,7 +228,7 @@ def check_shapes(workdir: str, step: int, weights: dict[str, Any]) -> None:
   Raises:
     UserError: they differ; names the first that does.
   """
-  path = epath.Path(workdir).absolute() / "checkpoints" / str(step) / "model"
+  path = _folder(workdir, step) / "model"
   with ocp.PyTreeCheckpointer() as reader:
     saved = reader.metadata(path).item_metadata.tree
   saved, expected = (

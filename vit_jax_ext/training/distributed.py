@@ -10,7 +10,7 @@ import jax
 from jax._src import clusters  # what jax.distributed.initialize asks; it has no public name
 from jax.experimental import multihost_utils
 
-from vit_jax_ext.errors import ClusterError, UserError
+from vit_jax_ext.errors import RunError, UserError
 
 GO = "go"
 
@@ -34,7 +34,7 @@ def join(
 
   Raises:
     UserError: what is None cannot be found out, or does not fit.
-    ClusterError: some did not come in time; says which.
+    RunError: some did not come in time; says which.
   """
   if None in (coordinator, num_processes, process_id):
     coordinator, num_processes, process_id, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
@@ -62,7 +62,7 @@ def meet(coordinator: str, num_processes: int, process_id: int, *, hosts: Sequen
 
   Raises:
     UserError: the address is no HOST:PORT, or the port is taken.
-    ClusterError: some did not come within `wait` seconds.
+    RunError: some did not come within `wait` seconds.
   """
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdecimal():
@@ -72,7 +72,7 @@ def meet(coordinator: str, num_processes: int, process_id: int, *, hosts: Sequen
   else:
     verdict = _report_to((host, int(port)), f"{process_id} {num_processes} {socket.gethostname()}", wait)
   if verdict != GO:
-    raise ClusterError(verdict)
+    raise RunError(verdict)
 
 
 def _gather_processes(port: int, num_processes: int, hosts: Sequence[str], wait: float) -> str:

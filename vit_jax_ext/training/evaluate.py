@@ -71,10 +71,15 @@ class SplitEvaluator:
       max_unreadable=config.dataset.max_unreadable,
     )
 
-  def __call__(self, params: Any, stats: Any) -> dict[str, float]:
-    """Returns loss, top1, top5 and ece over the whole split."""
-    batches = input_pipeline.eval_batches(self._dataset, self._split, **self._options)
-    return evaluate(self._step, params, stats, input_pipeline.prefetch_to_devices(batches, self._by_batch))
+  def __call__(self, params: Any, stats: Any, on_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """Returns loss, top1, top5 and ece over the whole split; calls `on_batch` before each batch."""
+
+    def batches():
+      for batch in input_pipeline.eval_batches(self._dataset, self._split, **self._options):
+        on_batch()
+        yield batch
+
+    return evaluate(self._step, params, stats, input_pipeline.prefetch_to_devices(batches(), self._by_batch))
 
 
 def load_weights(

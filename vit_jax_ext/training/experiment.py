@@ -120,6 +120,7 @@ class Experiment:
         ema_decay=config.ema_decay,
         accumulation_steps=config.optimizer.accumulation_steps,
         linear_probe=config.linear_probe,
+        skip_nonfinite=config.skip_nonfinite,
         augment=augment,
         gather=self.layout.gather,
       ),

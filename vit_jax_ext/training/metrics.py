@@ -1,10 +1,15 @@
 """Where a run's numbers go: TensorBoard, the console and metrics.jsonl."""
 
+from collections.abc import Iterator
+import contextlib
 import json
+import math
 import os
 
-from clu import metric_writers
+from clu import asynclib, metric_writers
 import jax
+
+from vit_jax_ext.training import faults
 
 
 class JsonlWriter(metric_writers.LoggingWriter):
@@ -28,6 +33,7 @@ class JsonlWriter(metric_writers.LoggingWriter):
     self._file = open(path, "a")  # noqa: SIM115
 
   def write_scalars(self, step, scalars):
+    scalars = {key: value for key, value in scalars.items() if math.isfinite(value)}  # JSON has no other numbers
     self._file.write(json.dumps({"step": step} | {key: float(value) for key, value in scalars.items()}) + "\n")
     self._file.flush()
 
@@ -41,13 +47,25 @@ class JsonlWriter(metric_writers.LoggingWriter):
     self._file.close()
 
 
-def create_writer(workdir: str, first_step: int) -> metric_writers.MultiWriter:
-  """Returns the writer of TensorBoard files, console lines and metrics.jsonl; writes in the background.
+@contextlib.contextmanager
+def open_writer(workdir: str, first_step: int) -> Iterator[metric_writers.MetricWriter]:
+  """Opens the writer of TensorBoard files, console lines and metrics.jsonl; writes in the background.
 
   Of several processes one writes.
+
+  Raises:
+    RunError: the files cannot be written.
   """
   if jax.process_index():
-    return metric_writers.MultiWriter([])
-  return metric_writers.AsyncMultiWriter(
-    [metric_writers.SummaryWriter(workdir), metric_writers.LoggingWriter(), JsonlWriter(workdir, first_step)]
-  )
+    yield metric_writers.MultiWriter([])
+    return
+  with faults.writing(workdir):
+    writer = metric_writers.AsyncMultiWriter(
+      [metric_writers.SummaryWriter(workdir), metric_writers.LoggingWriter(), JsonlWriter(workdir, first_step)]
+    )
+  try:
+    with faults.writing(workdir, asynclib.AsyncError):
+      yield writer
+  finally:
+    with faults.writing(workdir):
+      writer.close()

@@ -1,6 +1,5 @@
 """The training loop: read top to bottom."""
 
-import contextlib
 import dataclasses
 import time
 
@@ -15,8 +14,9 @@ from vit_jax_ext.config import claim_workdir
 from vit_jax_ext.console import Progress
 from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import open_dataset
+from vit_jax_ext.errors import Preempted
 from vit_jax_ext.pretrained import load_pretrained
-from vit_jax_ext.training import checkpoint, distributed, metrics
+from vit_jax_ext.training import checkpoint, distributed, faults, metrics
 from vit_jax_ext.training.evaluate import SplitEvaluator
 from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.train_step import TrainState, split_model
@@ -43,6 +43,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
 
   Raises:
     UserError: whatever does not fit in the config, the dataset or the workdir; nothing is then overwritten.
+    RunError: the workdir cannot be written any more, or the loss is not finite.
+    Preempted: SIGTERM came, and the state is saved.
   """
   # The dataset says how many classes there are and how long an epoch is; nothing is allocated yet.
   data = config.dataset
@@ -53,17 +55,18 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   model, total_steps = experiment.model, experiment.total_steps
 
   # The state: newest checkpoint, pretrained weights, or fresh. It is created where it will lie.
-  first_step = checkpoint.latest_step(workdir)
+  first_step, damaged = checkpoint.inspect(workdir)
   if not first_step:  # before the workdir is claimed, for the weights may not fit
     state = experiment.init()
     if config.pretrained:
       state = _load_pretrained(state, split_model(model)[0], config.pretrained)
   with distributed.first_process_first("workdir"):
     claim_workdir(workdir, config)
-  checkpoints = checkpoint.open_checkpoints(workdir, keep_last=config.checkpoint.keep_last)
   if first_step:
     like = checkpoint.abstract(jax.eval_shape(experiment.init), experiment.places)
-    state = checkpoint.restore(checkpoints, first_step, like)
+    state = checkpoint.restore(workdir, first_step, like)
+  with distributed.first_process_first("damaged"):  # by now all processes have inspected them
+    checkpoint.set_aside(workdir, damaged)
 
   logging.info(
     "%s: %s parameters; step %d of %d, %d images each, on %d device(s); workdir %s",
@@ -82,9 +85,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   evaluator = SplitEvaluator(config, dataset, model, experiment.mesh)
 
   def evaluate_state() -> dict[str, float]:
-    results = {f"eval/{name}": value for name, value in evaluator(state.params, state.stats).items()}
+    scores = evaluator(state.params, state.stats, on_batch=preemption.check)
+    results = {f"eval/{name}": value for name, value in scores.items()}
     if state.ema:
-      results |= {f"eval_ema/{name}": value for name, value in evaluator(**state.ema).items()}
+      scores = evaluator(**state.ema, on_batch=preemption.check)
+      results |= {f"eval_ema/{name}": value for name, value in scores.items()}
     return results
 
   batches = input_pipeline.train_batches(
@@ -104,35 +109,55 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   )
   batches = input_pipeline.prefetch_to_devices(batches, experiment.by_batch)
 
-  writer = metrics.create_writer(workdir, first_step)
-  progress = Progress(first_step, total_steps)
-  results = {}
-  with checkpoints, contextlib.closing(writer), progress:
-    for step, batch in enumerate(batches, first_step + 1):
-      state, measured = experiment.train_step(state, batch)
-      progress.step(step)
-      if step == first_step + 1:
-        jax.block_until_ready(measured)  # images/s shall not count the compilation
-        clock_step, clock = step, time.monotonic()
+  results, preemption = {}, faults.Preemption()
+  finite = faults.FiniteWatch(experiment.schedule, skip=config.skip_nonfinite)
+  with (
+    checkpoint.open_checkpoints(workdir, keep_last=config.checkpoint.keep_last) as checkpoints,
+    metrics.open_writer(workdir, first_step) as writer,
+    Progress(first_step, total_steps) as progress,
+    preemption,
+  ):
+    try:
+      if first_step % config.eval_every_steps == 0 and first_step and checkpoints.metrics(first_step) is None:
+        results = evaluate_state()  # SIGTERM came in the midst of it
+        writer.write_scalars(first_step, results)
+        checkpoint.add_metrics(checkpoints, first_step, results)
+      for step, batch in enumerate(batches, first_step + 1):
+        preemption.check()
+        state, measured = experiment.train_step(state, batch)
+        finite.add(step, measured)
+        progress.step(step)
+        if step == first_step + 1:
+          jax.block_until_ready(measured)  # images/s shall not count the compilation
+          clock_step, clock = step, time.monotonic()
 
-      last = step == total_steps
-      if last or step % config.log_every_steps == 0:
-        scalars = {f"train/{name}": value.item() for name, value in jax.device_get(measured).items()}
-        scalars["train/learning_rate"] = float(experiment.schedule(step - 1))
-        if step > clock_step:
-          seconds = time.monotonic() - clock
-          scalars["train/images_per_second"] = (step - clock_step) * config.batch_size / seconds
-        writer.write_scalars(step, scalars)
-        progress.log(step, scalars)
-
-      evaluated = last or step % config.eval_every_steps == 0
-      if evaluated:
-        results = evaluate_state()
-        writer.write_scalars(step, results)
-      if evaluated or step % config.checkpoint.every_steps == 0:
-        checkpoint.save(checkpoints, step, state, results if evaluated else None)
-      if evaluated or step % config.log_every_steps == 0:
-        clock_step, clock = step, time.monotonic()
-  results = results or evaluate_state()
+        last = step == total_steps
+        logged = last or step % config.log_every_steps == 0
+        evaluated = last or step % config.eval_every_steps == 0
+        saved = evaluated or step % config.checkpoint.every_steps == 0
+        if logged or saved:
+          finite.check()
+        if logged:
+          scalars = {f"train/{name}": value.item() for name, value in jax.device_get(measured).items()}
+          scalars["train/learning_rate"] = float(experiment.schedule(step - 1))
+          if step > clock_step:
+            seconds = time.monotonic() - clock
+            scalars["train/images_per_second"] = (step - clock_step) * config.batch_size / seconds
+          writer.write_scalars(step, scalars)
+          progress.log(step, scalars)
+        if evaluated:
+          results = evaluate_state()
+          writer.write_scalars(step, results)
+        if saved:
+          checkpoint.save(checkpoints, step, state, results if evaluated else None)
+        if logged or evaluated:
+          clock_step, clock = step, time.monotonic()
+      results = results or evaluate_state()
+    except Preempted:
+      finite.check()
+      step = int(state.step)
+      if step > first_step and step != checkpoints.latest_step():
+        checkpoint.save(checkpoints, step, state, None)
+      raise Preempted(f"preempted at step {step} of {total_steps}; the same command continues from there") from None
   logging.info("finished: %s", ", ".join(f"{name} {value:.4f}" for name, value in results.items()))
   return results

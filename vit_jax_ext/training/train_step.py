@@ -92,6 +92,7 @@ def make_train_step(
   ema_decay: float = 0.0,
   accumulation_steps: int = 1,
   linear_probe: bool = False,
+  skip_nonfinite: bool = False,
   augment: Augment | None = None,
   gather: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -109,6 +110,7 @@ def make_train_step(
     ema_decay: share of the old average that stays at each step; 0 switches the averages off.
     accumulation_steps: the batch is worked off in this many equal parts, one after another, for one update.
     linear_probe: only the classifier has gradients; the rest of the model works as in evaluation.
+    skip_nonfinite: a step whose loss or gradients are not finite changes nothing but the number of the step.
     augment: called with (key, images, labels), returns images and labels; see `mixup.augment`. The images are
       normalised, the labels may become probabilities (B, classes). With accumulation it sees one part at a time.
     gather: brings the parameters from where they are kept to where they are used, see `partition.Layout`.
@@ -164,7 +166,12 @@ def make_train_step(
       new = {"params": params, "stats": stats}
       ema = jax.tree.map(lambda old, value: old + (1 - ema_decay) * (value - old), state.ema, new)
     metrics["grad_norm"] = optax.global_norm(grads)
-    return TrainState(state.step + 1, params, stats, opt_state, ema), metrics
+    new = TrainState(state.step + 1, params, stats, opt_state, ema)
+    if skip_nonfinite:
+      finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+      old = dataclasses.replace(state, step=new.step)
+      new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+    return new, metrics
 
   return step
 
