@@ -4,9 +4,11 @@ import concurrent.futures
 import json
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -17,8 +19,8 @@ import main
 from tests.training.five_steps import five_steps, relative
 import vit_jax_ext as vx
 from vit_jax_ext import config as configs
-from vit_jax_ext.errors import RunError
-from vit_jax_ext.training import distributed
+from vit_jax_ext.errors import Preempted, RunError
+from vit_jax_ext.training import distributed, train
 from vit_jax_ext.training.checkpoint import latest_step
 from vit_jax_ext.training.evaluate import evaluate_weights
 
@@ -110,7 +112,7 @@ def test_slurm_says_who_belongs_together(monkeypatch):
     distributed.join(None, None, None, wait=1)
 
 
-def start(processes, devices, coordinator, command, **kw):
+def start(processes, devices, coordinator, command, *, meanwhile=lambda running: None, status=0):
   """Starts real processes with simulated CPU devices, waits for all and returns their output."""
   flags = "--xla_backend_optimization_level=0"
   environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
@@ -122,11 +124,12 @@ def start(processes, devices, coordinator, command, **kw):
     for i in range(processes)
   ]  # fmt: skip
   try:
+    meanwhile(running)
     outputs = [process.communicate(timeout=540)[0] for process in running]
   finally:
     for process in running:
       process.kill()
-  assert [process.returncode for process in running] == [0] * processes, "\n".join(outputs)
+  assert [process.returncode for process in running] == [status] * processes, "\n".join(outputs)
   return outputs
 
 
@@ -162,6 +165,37 @@ def test_processes_train_digits_together(processes, coordinator, tmp_path, data_
   scores = evaluate_weights(config, str(tmp_path), None)
   for name, value in scores.items():
     np.testing.assert_allclose(rows[-1][name], value, rtol=1e-5)
+
+
+def test_one_process_is_preempted(coordinator, tmp_path, data_dir, monkeypatch):
+  """SIGTERM to one of two: both save the same step and end with status 75; then one goes on alone, on other devices."""
+  options = [f"--workdir={tmp_path}", f"--config.dataset.data_dir={data_dir}", *TINY, "--config.total_steps=100000"]
+  options += ["--config.eval_every_steps=100000", "--config.checkpoint.every_steps=100000"]
+
+  def command(coordinator, processes, i):
+    return ["main.py", "train", f"--coordinator={coordinator}", f"--num-processes={processes}", f"--process-id={i}",
+            *options]  # fmt: skip
+
+  def terminate_one(running):
+    deadline = time.monotonic() + 240
+    while not ((tmp_path / "metrics.jsonl").exists() and (tmp_path / "metrics.jsonl").stat().st_size):
+      assert time.monotonic() < deadline
+      time.sleep(0.1)
+    running[1].send_signal(signal.SIGTERM)
+
+  outputs = start(2, 2, coordinator, command, meanwhile=terminate_one, status=75)
+  step = latest_step(str(tmp_path))
+  for output in outputs:
+    assert f"preempted at step {step} of 100000; the same command continues from there" in output
+
+  class Terminated(train.Progress):
+    def step(self, now):
+      if now == step + 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+  monkeypatch.setattr(train, "Progress", Terminated)
+  with pytest.raises(Preempted, match=f"step {step + 3} "):
+    main.run(*main.parse_args(options))
 
 
 @pytest.mark.slow
