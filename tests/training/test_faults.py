@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 from flax import nnx
 import jax
@@ -249,3 +250,32 @@ def test_unwritable_workdir(name, config, tmp_path, whole):
   (tmp_path / "checkpoints").write_text("") if name == "checkpoints" else (tmp_path / name).mkdir()
   with pytest.raises(RunError, match=f"workdir {tmp_path} cannot be written .*; mend the disk"):
     train(config, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_saving_every_50_steps_blocks_less_than_a_twentieth(data_dir, tmp_path, monkeypatch):
+  """The default model; from the end of step 1, when all is compiled, to step 251. Wants a machine to itself."""
+  blocked, moments, save = [], {}, checkpoint.save
+
+  def timed_save(*args):
+    start = time.monotonic()
+    save(*args)
+    blocked.append(time.monotonic() - start)
+
+  class Watch(train_module.Progress):
+    def step(self, now):
+      moments[now] = time.monotonic()
+      if now == 251:
+        raise InterruptedError
+
+  config = digits.get_config("crossvit")
+  config.dataset.data_dir = data_dir
+  config.checkpoint.every_steps = 50
+  config.eval_every_steps = 1000
+  monkeypatch.setattr(checkpoint, "save", timed_save)
+  monkeypatch.setattr(train_module, "Progress", Watch)
+  with pytest.raises(InterruptedError):
+    train(config, str(tmp_path))
+  share = sum(blocked) / (moments[251] - moments[2])
+  print(f"\n5 saves block {1000 * np.mean(blocked):.0f} ms each, {share:.1%} of {moments[251] - moments[2]:.1f} s")
+  assert len(blocked) == 5 and share < 0.05
