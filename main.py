@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import signal
 import sys
 
 DEFAULT_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "digits.py")
+TRAINING = ("train", "study")  # commands that can be continued
 EPILOG = """
 Any value of the config is set with --config.KEY=VALUE, for example
   python main.py --config=configs/digits.py:crossvit --workdir=/tmp/run --config.batch_size=64
@@ -217,6 +219,12 @@ def main() -> int:
   from vit_jax_ext.console import log_to_console
   from vit_jax_ext.errors import Preempted, RunError, UserError
 
+  def preempted(*_):
+    print("preempted; the same command continues", file=sys.stderr)
+    sys.exit(Preempted.status)
+
+  if args.command in TRAINING:  # until the training itself takes care of it
+    signal.signal(signal.SIGTERM, preempted)
   log_to_console()
   try:
     run(args, overrides)
@@ -227,7 +235,7 @@ def main() -> int:
     print(f"error: {error}", file=sys.stderr)
     return error.status
   except KeyboardInterrupt:
-    goes_on = "; the same command continues from the last checkpoint" if args.command in ("train", "study") else ""
+    goes_on = "; the same command continues from the last checkpoint" if args.command in TRAINING else ""
     print(f"interrupted{goes_on}", file=sys.stderr)
     return 1
   return 0
