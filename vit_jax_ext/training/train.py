@@ -1,5 +1,6 @@
 """The training loop: read top to bottom."""
 
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import time
@@ -31,12 +32,15 @@ def _load_pretrained(state: TrainState, graphdef: nnx.GraphDef, source: str | bo
   return dataclasses.replace(state, params=params, stats=stats, ema=ema)
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
+def train(
+  config: ml_collections.ConfigDict, workdir: str, new_progress: Callable[[int, int], Progress] = Progress
+) -> dict[str, float]:
   """Trains to the last step, from the newest checkpoint in `workdir` if there is one.
 
   Args:
     config: see configs/common.py.
     workdir: gets config.json, checkpoints/, metrics.jsonl and TensorBoard files.
+    new_progress: called with the step from which the training goes on and the last one; by default a bar of its own.
 
   Returns:
     The metrics of the last evaluation.
@@ -105,7 +109,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   batches = input_pipeline.prefetch_to_devices(batches, experiment.by_batch)
 
   writer = metrics.create_writer(workdir, first_step)
-  progress = Progress(first_step, total_steps)
+  progress = new_progress(first_step, total_steps)
   results = {}
   with checkpoints, contextlib.closing(writer), progress:
     for step, batch in enumerate(batches, first_step + 1):
