@@ -27,16 +27,16 @@ from vit_jax_ext.analysis.runs import read_metrics
 from vit_jax_ext.console import Countdown
 from vit_jax_ext.data.datasets import open_dataset
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.models import layers, registry
+from vit_jax_ext.models import layers
 from vit_jax_ext.training import checkpoint
-from vit_jax_ext.training.experiment import number_of_steps
+from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.train import train
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 # Name -> config file, and what is changed in it: from two seeds all three shall take half an hour on two CPU cores.
 STUDIES = {
   "fusion": ("digits_fusion.py", ()),
-  "depth": ("digits_depth.py", ("total_steps=300", "log_every_steps=100")),
+  "depth": ("digits_depth.py", ("total_steps=400", "log_every_steps=100")),
   "boat": ("digits_boat.py", ()),
 }
 THRESHOLD = 0.8  # of similar blocks
@@ -202,7 +202,9 @@ def _read_study(
                       f"{' --config.'.join(overrides)}; leave out what the study varies")  # fmt: skip
     dataset = open_dataset(config.dataset.name, config.dataset.data_dir)
     tested = dataset.num_examples(config.dataset.eval_split)
-    steps = number_of_steps(config, dataset.num_examples(config.dataset.train_split))
+    # Refuses now what could not be trained.
+    experiment = Experiment(config, len(dataset.class_names), dataset.num_examples(config.dataset.train_split))
+    model, steps = experiment.model, experiment.total_steps
     settings[f"{config.dataset.name}, {steps} steps of {config.batch_size} images, tested on {tested}"] = None
     runs = []
     for seed in range(config.seed, config.seed + seeds):
@@ -212,7 +214,6 @@ def _read_study(
       configs.check_workdir(workdir, of_seed, option="output")
       runs.append(_Run(f"{name}, {label}, seed {seed}", workdir, of_seed))
       runs[-1].read(steps)
-    model = registry.abstract_model(config.model, len(dataset.class_names))
     forward = cost.trace_forward(model)
     adds, operations = sum(cost.module_costs(forward).values()), cost.count_operations(forward.jaxpr)
     step_seconds = STEP[0] * operations + STEP[1] * adds * config.batch_size
