@@ -83,7 +83,6 @@ class _Cell:
     step_seconds: a guess.
   """
 
-  label: str
   params: int
   multiply_adds: int
   operations: int
@@ -96,12 +95,11 @@ class _Cell:
     return [run for run in self.runs if run.top1 is None or (self.has_maps and run.similar_blocks is None)]
 
   def row(self, with_maps: bool) -> list[Any]:
-    """Returns the cells of the table (`page.write`)."""
+    """Returns the table's row but for the label (see `page.write`)."""
     top1 = [100 * run.top1 for run in self.runs if run.top1 is not None]
     blocks = [run.similar_blocks for run in self.runs if run.similar_blocks is not None]
     rates = [rate for run in self.runs for rate in run.images_per_second]
     return [
-      self.label,
       _three_digits(self.params / 1e6),
       _three_digits(self.multiply_adds / 1e6),
       _mean_and_spread(top1),
@@ -115,18 +113,20 @@ class _Study:
   name: str
   title: str
   text: str
+  labels: list[str]
   cells: list[_Cell]
 
   def write(self, output: str) -> dict[str, Any]:
     """Writes the table of what is finished, and the page; returns the table."""
     with_maps = any(cell.has_maps for cell in self.cells)
-    runs, missing = (sum(map(len, lists)) for lists in zip(*((c.runs, c.missing()) for c in self.cells), strict=True))
+    runs = sum(len(cell.runs) for cell in self.cells)
+    missing = sum(len(cell.missing()) for cell in self.cells)
     table = {
       "title": self.title,
       "text": self.text + (f" Not finished: {runs - missing} of {runs} runs are in." if missing else ""),
       "columns": ["model", "parameters, M", "multiply-adds, M", "top-1, %", *(["similar blocks"] if with_maps else ()),
                   "training, images/s"],
-      "rows": [cell.row(with_maps) for cell in self.cells],
+      "rows": [[label, *cell.row(with_maps)] for label, cell in zip(self.labels, self.cells, strict=True)],
     }  # fmt: skip
     with results.replace(os.path.join(output, page.STUDIES), f"{self.name}.json") as file:
       json.dump(table, file, indent=1)
@@ -189,8 +189,8 @@ def _sources(name: str) -> dict[str, tuple[str, Sequence[str]]]:
 def _read_study(
   name: str, spec: str, changes: Sequence[str], overrides: Sequence[str], seeds: int, folder: str
 ) -> _Study:
-  """Builds every cell's model, abstractly, and reads what its runs have left."""
-  logging.info("study %s: counting the multiply-adds of its models", name)
+  """Returns a study with what its runs have left in `folder`; refuses what could not be trained."""
+  logging.info("study %s: building its models", name)
   title, labels = configs.read_study(spec)
   cells, settings, seen = [], {}, {}
   for argument, label in labels.items():
@@ -200,35 +200,41 @@ def _read_study(
     if twin != label:
       raise UserError(f"study {name}: {twin!r} and {label!r} do not differ with --config."
                       f"{' --config.'.join(overrides)}; leave out what the study varies")  # fmt: skip
-    dataset = open_dataset(config.dataset.name, config.dataset.data_dir)
-    tested = dataset.num_examples(config.dataset.eval_split)
-    # Refuses now what could not be trained.
-    experiment = Experiment(config, len(dataset.class_names), dataset.num_examples(config.dataset.train_split))
-    model, steps = experiment.model, experiment.total_steps
-    settings[f"{config.dataset.name}, {steps} steps of {config.batch_size} images, tested on {tested}"] = None
-    runs = []
-    for seed in range(config.seed, config.seed + seeds):
-      of_seed = config.copy_and_resolve_references()
-      of_seed.seed = seed
-      workdir = os.path.join(folder, argument.replace(",", "_"), f"seed_{seed}")
-      configs.check_workdir(workdir, of_seed, option="output")
-      runs.append(_Run(f"{name}, {label}, seed {seed}", workdir, of_seed))
-      runs[-1].read(steps)
-    forward = cost.trace_forward(model)
-    adds, operations = sum(cost.module_costs(forward).values()), cost.count_operations(forward.jaxpr)
-    step_seconds = STEP[0] * operations + STEP[1] * adds * config.batch_size
-    has_maps = isinstance(model, layers.IsotropicTransformer)
-    cells.append(_Cell(label, cost.count_params(model), adds, operations, has_maps, steps, step_seconds, runs))
-  machine = results.describe_machine()
-  text = [
-    *settings,
-    f"mean ± sample standard deviation of {seeds} seeds" if seeds > 1 else "one seed",
-    f"images/s: median, on {machine['processor']}, {machine['device']}",
-  ]
+    cell, tested = _read_cell(f"{name}, {label}", config, seeds, os.path.join(folder, argument.replace(",", "_")))
+    cells.append(cell)
+    settings[f"{config.dataset.name}, {cell.total_steps} steps of {config.batch_size} images, tested on {tested}"] = 1
+  text = [*settings, f"mean ± sample standard deviation of {seeds} seeds" if seeds > 1 else "one seed"]
   if any(cell.has_maps for cell in cells):
     text.append(f"similar blocks: those whose maps have a cosine of {THRESHOLD} or more with the next block's")
   text = "; ".join(text)
-  return _Study(name, title, f"{text[0].upper()}{text[1:]}.", cells)
+  return _Study(name, title, f"{text[0].upper()}{text[1:]}.", list(labels.values()), cells)
+
+
+def _read_cell(name: str, config: ml_collections.ConfigDict, seeds: int, folder: str) -> tuple[_Cell, int]:
+  """Returns a cell with what its runs have left in `folder`, and the number of images that it is tested on."""
+  dataset = open_dataset(config.dataset.name, config.dataset.data_dir)
+  tested = dataset.num_examples(config.dataset.eval_split)
+  experiment = Experiment(config, len(dataset.class_names), dataset.num_examples(config.dataset.train_split))
+  runs = []
+  for seed in range(config.seed, config.seed + seeds):
+    of_seed = config.copy_and_resolve_references()
+    of_seed.seed = seed
+    run = _Run(f"{name}, seed {seed}", os.path.join(folder, f"seed_{seed}"), of_seed)
+    configs.check_workdir(run.workdir, run.config, option="output")
+    run.read(experiment.total_steps)
+    runs.append(run)
+  forward = cost.trace_forward(experiment.model)
+  adds, operations = sum(cost.module_costs(forward).values()), cost.count_operations(forward.jaxpr)
+  cell = _Cell(
+    params=cost.count_params(experiment.model),
+    multiply_adds=adds,
+    operations=operations,
+    has_maps=isinstance(experiment.model, layers.IsotropicTransformer),
+    total_steps=experiment.total_steps,
+    step_seconds=STEP[0] * operations + STEP[1] * adds * config.batch_size,
+    runs=runs,
+  )
+  return cell, tested
 
 
 def _train(studies: Sequence[_Study], output: str) -> None:
