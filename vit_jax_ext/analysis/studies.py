@@ -1,7 +1,7 @@
 """The studies of the compare command: the papers' questions, put to small models that are trained from several seeds.
 
-A study is a config file with a STUDY (`config.read_study`); its runs are the study's cells. They are made seed by seed,
-so that a study that is stopped has the same seeds of all cells, but for one.
+A study is a config file with a STUDY (`config.read_study`); its runs are the study's cells. All cells are trained
+from one seed before the next, so a study that is stopped can be compared already.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +22,7 @@ import rich.table
 
 from vit_jax_ext import config as configs
 from vit_jax_ext.analysis import cost, page, results
+from vit_jax_ext.analysis.compare import positive
 from vit_jax_ext.analysis.report import measure
 from vit_jax_ext.analysis.runs import read_metrics
 from vit_jax_ext.console import Countdown
@@ -152,10 +153,9 @@ def run_studies(name: str, seeds: int | str, overrides: Sequence[str], output: s
   """
   if not output:
     raise UserError("the runs of a study need a folder; give --output=DIR")
-  if not str(seeds).isdecimal() or int(seeds) < 1:
-    raise UserError(f"--seeds={seeds} is no positive number; give one, such as 2")
+  seeds = positive("seeds", seeds)
   studies = [
-    _read_study(study, *source, overrides, int(seeds), os.path.join(output, page.STUDIES, study))
+    _read_study(study, *source, overrides, seeds, os.path.join(output, page.STUDIES, study))
     for study, source in _sources(name).items()
   ]
   for each in studies:
