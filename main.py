@@ -6,7 +6,6 @@ import signal
 import sys
 
 DEFAULT_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "digits.py")
-TRAINING = ("train", "study")  # commands that can be continued
 EPILOG = """
 Any value of the config is set with --config.KEY=VALUE, for example
   python main.py --config=configs/digits.py:crossvit --workdir=/tmp/run --config.batch_size=64
@@ -93,6 +92,9 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   compare.add_argument("--dtypes", metavar="NAME,...", default="float32", help="for --output (default: float32)")
   compare.add_argument("--rounds", metavar="N", default="5", help="of timings, for --output (default: 5)")
   compare.add_argument("--fusion", action="store_true", help="CrossViT-S under the five fusions of the paper's Table 6")
+  compare.add_argument("--study", metavar="NAME", help="train small models into --output and report their accuracy: "
+                       "fusion, depth, boat, all, or a config file with a STUDY")  # fmt: skip
+  compare.add_argument("--seeds", metavar="N", default="2", help="of each model of a study (default: 2)")
 
   thresholds = argparse.ArgumentParser(add_help=False)
   thresholds.add_argument("--threshold", type=float, default=0.8, help="similarity of similar blocks (default: 0.8)")
@@ -118,9 +120,19 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
   """Dispatches to the command; imports what it needs and no more."""
   if args.command == "compare":
     from vit_jax_ext.analysis import compare
+    from vit_jax_ext.errors import UserError
 
     models = args.models.split(",") if args.models else None
-    if args.fusion or not (args.output or args.workdir):
+    if args.study:
+      if args.models or args.workdir or args.fusion:
+        raise UserError(
+          f"--study={args.study} trains models of its own; give --models, --workdir or --fusion in a command of their "
+          "own, with the same --output for one report"
+        )
+      from vit_jax_ext.analysis import studies
+
+      studies.run_studies(args.study, args.seeds, overrides, args.output)
+    elif args.fusion or not (args.output or args.workdir):
       compare.print_costs(models, fusion=args.fusion, output=args.output)
     else:
       compare.compare(models, args.workdir or (), args.output, batch_sizes=args.batch_sizes.split(","),
@@ -223,7 +235,8 @@ def main() -> int:
     print("preempted; the same command continues", file=sys.stderr)
     sys.exit(Preempted.status)
 
-  if args.command in TRAINING:  # until the training itself takes care of it
+  trains = args.command in ("train", "study") or getattr(args, "study", None)
+  if trains:  # until the training itself takes care of it
     signal.signal(signal.SIGTERM, preempted)
   log_to_console()
   try:
@@ -235,7 +248,7 @@ def main() -> int:
     print(f"error: {error}", file=sys.stderr)
     return error.status
   except KeyboardInterrupt:
-    goes_on = "; the same command continues from the last checkpoint" if args.command in TRAINING else ""
+    goes_on = "; the same command continues from the last checkpoint" if trains else ""
     print(f"interrupted{goes_on}", file=sys.stderr)
     return 1
   return 0

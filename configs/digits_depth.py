@@ -1,6 +1,7 @@
 """Does attention collapse in deep ViTs, and does re-attention keep it apart? Thin models on digits, DeepViT section 3.
 
 Run all: python main.py study --config=configs/digits_depth.py --workdir=DIR
+Run all over several seeds, 400 steps each: python main.py compare --study=depth --output=DIR
 Run one: python main.py --config=configs/digits_depth.py:FAMILY,DEPTH --workdir=DIR
 FAMILY: vit, deepvit. DEPTH: number of blocks.
 Hardware: 2 CPU cores, nine minutes for the whole study. Measured test top-1, one seed: ViT 71 to 86%,
@@ -9,7 +10,15 @@ DeepViT 95 to 97%.
 
 from configs import digits
 
-STUDY = ("vit,12", "vit,24", "vit,32", "deepvit,12", "deepvit,24", "deepvit,32")
+# Argument -> name in the paper.
+STUDY = {
+  "vit,12": "ViT, 12 blocks",
+  "vit,24": "ViT, 24 blocks",
+  "vit,32": "ViT, 32 blocks",
+  "deepvit,12": "DeepViT, 12 blocks",
+  "deepvit,24": "DeepViT, 24 blocks",
+  "deepvit,32": "DeepViT, 32 blocks",
+}
 
 
 def get_config(argument: str = "deepvit,24"):

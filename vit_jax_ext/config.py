@@ -1,7 +1,7 @@
 """Experiment configs: from a file and the command line into a run, and back out of a workdir."""
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import difflib
 import importlib.util
 import json
@@ -35,17 +35,21 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     raise UserError(f"config {path} does not know the argument {argument!r}: {error.args[0]}") from None
 
 
-def study_arguments(spec: str) -> Sequence[str]:
-  """Returns the STUDY of a config file, the arguments whose runs are compared.
+def read_study(spec: str) -> tuple[str, dict[str, str]]:
+  """Returns what a config file studies, in words, and the runs that it compares: argument -> label.
+
+  Its STUDY lists the arguments, or maps them to labels; the words are the first line of its docstring.
 
   Raises:
     UserError: it lists none.
   """
   path, _, argument = spec.partition(":")
   module = _load_module(path)
-  if argument or not hasattr(module, "STUDY"):
+  study = getattr(module, "STUDY", None)
+  if argument or not study:
     raise UserError(f"config {spec} is no study; give a file that lists its runs, such as configs/digits_depth.py")
-  return module.STUDY
+  title = (module.__doc__ or pathlib.Path(path).stem).splitlines()[0]
+  return title, dict(study) if isinstance(study, Mapping) else {argument: argument for argument in study}
 
 
 def _load_module(path: str) -> types.ModuleType:
@@ -156,15 +160,20 @@ def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
     raise UserError(f"workdir {workdir} cannot be written: {error.strerror}; choose another --workdir") from None
 
 
-def check_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
+def check_workdir(workdir: str, config: ml_collections.ConfigDict, option: str = "workdir") -> None:
   """Checks that a run in `workdir`, if there is one, has this config.
+
+  Args:
+    workdir: the run's.
+    config: the config of the run that shall be continued.
+    option: of the command line, on which the folder depends.
 
   Raises:
     UserError: it has another one, or the folder holds something else.
   """
   if not os.path.exists(os.path.join(workdir, "config.json")):
     if os.path.exists(os.path.join(workdir, "checkpoints")):
-      raise UserError(f"workdir {workdir} holds checkpoints without a config.json; choose another --workdir")
+      raise UserError(f"workdir {workdir} holds checkpoints without a config.json; choose another --{option}")
     return
   new = json.loads(config.to_json_best_effort())
   old, new = _flatten(read_workdir_config(workdir).to_dict()), _flatten(new)
@@ -172,5 +181,5 @@ def check_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
     if not key.startswith(FREE_KEYS) and old.get(key) != new.get(key):
       raise UserError(
         f"workdir {workdir} was made with config.{key}={old.get(key)}, this run has {new.get(key)}; "
-        "choose another --workdir, or the config that made it"
+        f"choose another --{option}, or the config that made it"
       )

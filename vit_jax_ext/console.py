@@ -120,18 +120,27 @@ class Countdown:
   @contextlib.contextmanager
   def job(self, kind: str, weight: float, what: str) -> Iterator[None]:
     """Shows `what` while it is being done; counts it as done even if it fails."""
-    spent, left = sum(self._spent.values()), self.seconds_left()
-    minutes, seconds = divmod(round(left), 60)
-    self._bar.update(self._task, description=what, completed=spent / (spent + left), left=f"{minutes}:{seconds:02d}")
-    if not CONSOLE.is_terminal:
-      absl_logging.info("%s  (about %d:%02d left)", what, minutes, seconds)
+    self.show(what, log=True)
     start = time.monotonic()
     try:
       yield
     finally:
-      self._spent[kind] += time.monotonic() - start
-      self._done[kind] += weight
-      self._left[kind] -= weight
+      self.done(kind, weight, time.monotonic() - start)
+
+  def show(self, what: str, *, log: bool) -> None:
+    """Shows `what` and the time left on the bar; without a terminal as a line, if it is one for the `log`."""
+    spent, left = sum(self._spent.values()), self.seconds_left()
+    minutes, seconds = divmod(round(left), 60)
+    share = spent / max(spent + left, 1e-9)
+    self._bar.update(self._task, description=what, completed=share, left=f"{minutes}:{seconds:02d}")
+    if log and not CONSOLE.is_terminal:
+      absl_logging.info("%s  (about %d:%02d left)", what, minutes, seconds)
+
+  def done(self, kind: str, weight: float, seconds: float) -> None:
+    """Counts a job, or a part of one, as done."""
+    self._spent[kind] += seconds
+    self._done[kind] += weight
+    self._left[kind] -= weight
 
   def skip(self, kind: str, weight: float) -> None:
     """Takes a job off the list."""

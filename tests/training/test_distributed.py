@@ -19,10 +19,12 @@ import main
 from tests.training.five_steps import five_steps, relative
 import vit_jax_ext as vx
 from vit_jax_ext import config as configs
+from vit_jax_ext.console import Progress
 from vit_jax_ext.errors import Preempted, RunError
-from vit_jax_ext.training import distributed, train
+from vit_jax_ext.training import distributed
 from vit_jax_ext.training.checkpoint import latest_step
 from vit_jax_ext.training.evaluate import evaluate_weights
+from vit_jax_ext.training.train import train
 
 ROOT = os.path.dirname(main.__file__)
 TINY = [
@@ -167,7 +169,7 @@ def test_processes_train_digits_together(processes, coordinator, tmp_path, data_
     np.testing.assert_allclose(rows[-1][name], value, rtol=1e-5)
 
 
-def test_one_process_is_preempted(coordinator, tmp_path, data_dir, monkeypatch):
+def test_one_process_is_preempted(coordinator, tmp_path, data_dir):
   """SIGTERM to one of two: both save the same step and end with status 75; then one goes on alone, on other devices."""
   options = [f"--workdir={tmp_path}", f"--config.dataset.data_dir={data_dir}", *TINY, "--config.total_steps=100000"]
   options += ["--config.eval_every_steps=100000", "--config.checkpoint.every_steps=100000"]
@@ -188,14 +190,13 @@ def test_one_process_is_preempted(coordinator, tmp_path, data_dir, monkeypatch):
   for output in outputs:
     assert f"preempted at step {step} of 100000; the same command continues from there" in output
 
-  class Terminated(train.Progress):
+  class Terminated(Progress):
     def step(self, now):
       if now == step + 3:
         os.kill(os.getpid(), signal.SIGTERM)
 
-  monkeypatch.setattr(train, "Progress", Terminated)
   with pytest.raises(Preempted, match=f"step {step + 3} "):
-    main.run(*main.parse_args(options))
+    train(configs.read_workdir_config(str(tmp_path)), str(tmp_path), Terminated)
 
 
 @pytest.mark.slow

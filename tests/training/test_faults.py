@@ -20,9 +20,9 @@ import main
 from tests.training.test_train import read_metrics, weights
 import vit_jax_ext as vx
 from vit_jax_ext import config as configs
+from vit_jax_ext.console import Progress
 from vit_jax_ext.errors import Preempted, RunError
 from vit_jax_ext.training import checkpoint, faults
-from vit_jax_ext.training import train as train_module
 from vit_jax_ext.training.train import train
 from vit_jax_ext.training.train_step import init_state, make_train_step, split_model
 
@@ -137,22 +137,20 @@ def test_all_damaged(config, copy):
   assert {path: path.read_bytes() for path in files(copy)} == before
 
 
-def test_sigterm_before_an_evaluation(config, whole, tmp_path, monkeypatch):
+def test_sigterm_before_an_evaluation(config, whole, tmp_path):
   """It is not waited for, but made up for by the next run, as its checkpoint may be the best."""
 
-  class Terminated(train_module.Progress):
+  class Terminated(Progress):
     def step(self, now):
       super().step(now)
       if now == 12:
         os.kill(os.getpid(), signal.SIGTERM)
 
-  monkeypatch.setattr(train_module, "Progress", Terminated)
   before = signal.getsignal(signal.SIGTERM)
   with pytest.raises(Preempted, match="preempted at step 12 of 12; the same command continues"):
-    train(config, str(tmp_path))
+    train(config, str(tmp_path), Terminated)
   assert signal.getsignal(signal.SIGTERM) == before
   assert checkpoint.latest_step(str(tmp_path)) == 12
-  monkeypatch.undo()
   assert train(config, str(tmp_path)) == whole[1]
   check_equals_whole(config, tmp_path, whole[0])
 
@@ -262,7 +260,7 @@ def test_saving_every_50_steps_blocks_less_than_a_twentieth(data_dir, tmp_path, 
     save(*args)
     blocked.append(time.monotonic() - start)
 
-  class Watch(train_module.Progress):
+  class Watch(Progress):
     def step(self, now):
       moments[now] = time.monotonic()
       if now == 251:
@@ -273,9 +271,8 @@ def test_saving_every_50_steps_blocks_less_than_a_twentieth(data_dir, tmp_path, 
   config.checkpoint.every_steps = 50
   config.eval_every_steps = 1000
   monkeypatch.setattr(checkpoint, "save", timed_save)
-  monkeypatch.setattr(train_module, "Progress", Watch)
   with pytest.raises(InterruptedError):
-    train(config, str(tmp_path))
+    train(config, str(tmp_path), Watch)
   share = sum(blocked) / (moments[251] - moments[2])
   print(f"\n5 saves block {1000 * np.mean(blocked):.0f} ms each, {share:.1%} of {moments[251] - moments[2]:.1f} s")
   assert len(blocked) == 5 and share < 0.05

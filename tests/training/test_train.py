@@ -11,9 +11,9 @@ from tensorflow.python.lib.io import tf_record
 import tensorflow_datasets  # noqa: F401  (its import order with tensorflow matters)
 
 import vit_jax_ext as vx
+from vit_jax_ext.console import Progress
 from vit_jax_ext.models import registry
 from vit_jax_ext.training import checkpoint, sharding
-from vit_jax_ext.training import train as train_module
 from vit_jax_ext.training.experiment import number_of_steps
 from vit_jax_ext.training.train import train
 
@@ -78,24 +78,22 @@ def test_last_and_best_are_kept(finished):
     assert kept == {6, 7, checkpoints.best_step()}
 
 
-def test_interrupted_run_ends_bitwise_as_the_whole_one(finished, tmp_path, monkeypatch):
+def test_interrupted_run_ends_bitwise_as_the_whole_one(finished, tmp_path):
   """Stopped after steps 3 and 5 (a checkpoint, and one step past a checkpoint), then continued."""
   config, whole, results = finished
 
   class Stop(Exception):
     pass
 
-  class StoppingProgress(train_module.Progress):
+  class StoppingProgress(Progress):
     def step(self, step):
       if step == self.stop_at:
         raise Stop
 
-  monkeypatch.setattr(train_module, "Progress", StoppingProgress)
   for stop_at in (4, 6):
     StoppingProgress.stop_at = stop_at
     with pytest.raises(Stop):
-      train(config, str(tmp_path))
-  monkeypatch.undo()
+      train(config, str(tmp_path), StoppingProgress)
   assert train(config, str(tmp_path)) == results
   for ema in (False, True):
     (_, a), (_, b) = weights(config, whole, ema=ema), weights(config, tmp_path, ema=ema)

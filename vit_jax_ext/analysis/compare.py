@@ -111,9 +111,9 @@ def compare(
   """
   if not output:
     raise UserError("a comparison of runs is written into a folder; give --output=DIR")
-  batch_sizes = list(dict.fromkeys(_positive("batch-sizes", size) for size in batch_sizes))
+  batch_sizes = list(dict.fromkeys(positive("batch-sizes", size) for size in batch_sizes))
   dtypes = list(dict.fromkeys(dtypes))
-  rounds = _positive("rounds", rounds)
+  rounds = positive("rounds", rounds)
   models = models or ([] if workdirs else registry.list_models())
   for name in models:
     registry.get_variant(name)
@@ -160,7 +160,8 @@ def compare(
   return comparison
 
 
-def _positive(option: str, value: int | str) -> int:
+def positive(option: str, value: int | str) -> int:
+  """Returns the number that an option of the command line gives; raises UserError if it is none."""
   if not str(value).isdecimal() or int(value) < 1:
     raise UserError(f"--{option}={value} is no positive number; give one, such as 8")
   return int(value)

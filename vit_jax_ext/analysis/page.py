@@ -23,8 +23,8 @@ Model = Mapping[str, Any]  # of results["models"]
 def write(folder: str) -> None:
   """Writes report.html of what a folder holds: results.json, and studies/NAME.json, either of which may be missing.
 
-  A study is a JSON object: `title`; `text`, a paragraph; `columns`, headings; `rows`, each a list of texts or numbers,
-  or of [mean, spread] pairs.
+  A study is a JSON object: `title`; `text`, a paragraph; `columns`, headings; `rows`, each a list of texts, numbers,
+  [mean, spread] pairs, or null for what is not known.
 
   Raises:
     UserError: the folder cannot be written.
@@ -72,8 +72,20 @@ def render(comparison: Mapping[str, Any], studies: Sequence[Mapping[str, Any]] =
     figures=[(run["label"], name, data) for run in runs for name, data in run["run"]["figures"].items()],
     studies=studies,
     number=number,
-    mean_and_spread=mean_and_spread,
+    study_cell=study_cell,
   )  # fmt: skip
+
+
+def study_cell(cell: Any) -> str:
+  """Writes a cell of a study's table (see `write`)."""
+  match cell:
+    case None:
+      return ""
+    case str():
+      return cell
+    case [mean, spread]:
+      return mean_and_spread(mean, spread)
+  return f"{cell:,}"
 
 
 def mean_and_spread(mean: float, spread: float) -> str:

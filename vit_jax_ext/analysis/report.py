@@ -110,7 +110,7 @@ def study(
   """
   similarity.check_thresholds(threshold, head_threshold)  # before hours of training
   runs = {}
-  for argument in configs.study_arguments(spec):
+  for argument in configs.read_study(spec)[1]:
     config = configs.load_config(f"{spec}:{argument}")
     configs.override(config, overrides)
     runs[os.path.join(workdir, argument.replace(",", "_"))] = config

@@ -31,7 +31,7 @@ def read_run(workdir: str) -> dict[str, Any]:
   if saved is None:
     raise UserError(f"workdir {workdir} holds no complete checkpoint; train there first")
   step, _, arrays = saved
-  rows = _read_metrics(workdir)
+  rows = read_metrics(workdir)
   return {
     "workdir": workdir,
     "model": config.model.to_dict(),
@@ -46,7 +46,8 @@ def read_run(workdir: str) -> dict[str, Any]:
   }
 
 
-def _read_metrics(workdir: str) -> list[dict[str, float]]:
+def read_metrics(workdir: str) -> list[dict[str, float]]:
+  """Returns the lines of a run's metrics.jsonl, each a step and its values; none if there is no such file."""
   path = os.path.join(workdir, "metrics.jsonl")
   if not os.path.exists(path):
     return []

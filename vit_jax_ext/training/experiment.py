@@ -61,12 +61,12 @@ class Experiment:
     sharding.check_batch_size("batch_size", config.batch_size, self.mesh, config.optimizer.accumulation_steps)
     self.variant = registry.get_variant(config.model.name)
 
-    def create_model() -> nnx.Module:
+    def create_model(seed: int) -> nnx.Module:
       return registry.create_model(
-        config.model.name, num_classes=num_classes, rngs=nnx.Rngs(config.seed), **config.model.overrides
+        config.model.name, num_classes=num_classes, rngs=nnx.Rngs(jax.random.key(seed)), **config.model.overrides
       )
 
-    self.model = nnx.eval_shape(create_model)
+    self.model = nnx.eval_shape(lambda: create_model(config.seed))
     regularizer = config.cosine_regularizer
     if regularizer.weight:  # a model without attention maps is refused now, not in the first step
       images = jax.ShapeDtypeStruct((1, *self.model.image_size, 3), jnp.float32)
@@ -91,12 +91,13 @@ class Experiment:
       linear_probe=config.linear_probe,
     )
 
-    def init() -> TrainState:
-      return init_state(create_model, tx, config.ema_decay > 0)
+    def init(seed: int) -> TrainState:
+      return init_state(lambda: create_model(seed), tx, config.ema_decay > 0)
 
     self.layout = Layout(self.model, self.mesh)
-    self.places = self.layout.shardings(jax.eval_shape(init))
-    self.init = jax.jit(init, out_shardings=self.places)
+    self.places = self.layout.shardings(jax.eval_shape(init, config.seed))
+    # An argument, so that all seeds have one program, which the compilation cache then knows.
+    self.init = functools.partial(jax.jit(init, out_shardings=self.places), config.seed)
     augment = functools.partial(
       mixup.augment,
       num_classes=num_classes,

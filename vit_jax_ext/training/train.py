@@ -1,5 +1,6 @@
 """The training loop: read top to bottom."""
 
+from collections.abc import Callable
 import dataclasses
 import time
 
@@ -31,12 +32,15 @@ def _load_pretrained(state: TrainState, graphdef: nnx.GraphDef, source: str | bo
   return dataclasses.replace(state, params=params, stats=stats, ema=ema)
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
+def train(
+  config: ml_collections.ConfigDict, workdir: str, new_progress: Callable[[int, int], Progress] = Progress
+) -> dict[str, float]:
   """Trains to the last step, from the newest checkpoint in `workdir` if there is one.
 
   Args:
     config: see configs/common.py.
     workdir: gets config.json, checkpoints/, metrics.jsonl and TensorBoard files.
+    new_progress: called with the step from which the training goes on and the last one; by default a bar of its own.
 
   Returns:
     The metrics of the last evaluation.
@@ -114,12 +118,13 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
   with (
     checkpoint.open_checkpoints(workdir, keep_last=config.checkpoint.keep_last) as checkpoints,
     metrics.open_writer(workdir, first_step) as writer,
-    Progress(first_step, total_steps) as progress,
+    new_progress(first_step, total_steps) as progress,
     preemption,
   ):
     try:
-      if first_step % config.eval_every_steps == 0 and first_step and checkpoints.metrics(first_step) is None:
-        results = evaluate_state()  # SIGTERM came in the midst of it
+      due = first_step == total_steps or first_step % config.eval_every_steps == 0
+      if first_step and due and checkpoints.metrics(first_step) is None:  # SIGTERM came in the midst of it
+        results = evaluate_state()
         writer.write_scalars(first_step, results)
         checkpoint.add_metrics(checkpoints, first_step, results)
       for step, batch in enumerate(batches, first_step + 1):
