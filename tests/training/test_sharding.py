@@ -143,9 +143,8 @@ def test_a_checkpoint_is_read_on_another_mesh_bit_for_bit(tiny_config, tmp_path)
     checkpoint.save(checkpoints, 1, state, None)
   tiny_config.mesh.update(MESHES["fsdp8"])
   there = Experiment(tiny_config, 10, 1000)
-  with checkpoint.open_checkpoints(str(tmp_path), read_only=True) as checkpoints:
-    like = checkpoint.abstract(jax.eval_shape(there.init), there.places)
-    restored = checkpoint.restore(checkpoints, 1, like)
+  like = checkpoint.abstract(jax.eval_shape(there.init), there.places)
+  restored = checkpoint.restore(str(tmp_path), 1, like)
   jax.tree.map(np.testing.assert_array_equal, state, restored)
   jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim) or pytest.fail(), restored, there.places)
 

@@ -1,6 +1,7 @@
 """Checkpoints of the train state; the only user of orbax."""
 
 from collections.abc import Iterator
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -22,15 +23,48 @@ from vit_jax_ext.training.train_step import TrainState, split_model
 BEST_METRIC = "eval/top1"
 
 
-class _Manager(ocp.CheckpointManager):
-  """Leaves preemption to `faults.Preemption`: asked with other numbers in between, JAX would lose the common step."""
+class Checkpoints(ocp.CheckpointManager):
+  """The checkpoints of a run, which are saved beside the training."""
+
+  def __init__(self, folder: epath.Path, options: ocp.CheckpointManagerOptions):
+    super().__init__(folder, options=options)
+    self._thread, self._started = concurrent.futures.ThreadPoolExecutor(1), None
+
+  def start(self, step: int, items: dict[str, Any], metrics: dict[str, float] | None) -> None:
+    """Begins to save, once the one before is saved; the items may change when this returns.
+
+    Before it returns orbax works longer than it takes to copy a small model, so with one process a thread calls it.
+    """
+    self._finish()
+
+    def save(items):
+      args = ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()})
+      self.save(step, args=args, metrics=metrics, force=True)
+
+    if jax.process_count() == 1:
+      self._started = self._thread.submit(save, jax.tree.map(np.array, jax.device_get(items)))
+    else:
+      save(items)
+
+  def close(self) -> None:
+    try:
+      self._finish()
+    finally:
+      self._thread.shutdown()
+      super().close()
+
+  def _finish(self) -> None:
+    started, self._started = self._started, None
+    if started:
+      started.result()
 
   def reached_preemption(self, step: int) -> bool:
+    """Leaves that to `faults.Preemption`: asked with other numbers in between, JAX would lose the common step."""
     return False
 
 
 @contextlib.contextmanager
-def open_checkpoints(workdir: str, *, keep_last: int = 1, read_only: bool = False) -> Iterator[ocp.CheckpointManager]:
+def open_checkpoints(workdir: str, *, keep_last: int = 1, read_only: bool = False) -> Iterator[Checkpoints]:
   """Opens the checkpoints of a run; saves asynchronously, keeps the last `keep_last` and the best by eval/top1.
 
   Raises:
@@ -55,7 +89,7 @@ def open_checkpoints(workdir: str, *, keep_last: int = 1, read_only: bool = Fals
     async_options=ocp.options.AsyncOptions(post_finalization_callback=write_digests),
   )
   with faults.writing(workdir):
-    checkpoints = _Manager(folder, options=options)
+    checkpoints = Checkpoints(folder, options)
   try:
     yield checkpoints
   finally:
@@ -113,14 +147,13 @@ def set_aside(workdir: str, steps: list[int]) -> None:
     logging.warning("it is now %s", target)
 
 
-def save(checkpoints: ocp.CheckpointManager, step: int, state: TrainState, metrics: dict[str, float] | None) -> None:
+def save(checkpoints: Checkpoints, step: int, state: TrainState, metrics: dict[str, float] | None) -> None:
   """Starts saving `state`, with the `metrics` of this step's evaluation if any; returns once it is off the devices."""
-  items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
   with faults.writing(os.fspath(checkpoints.directory.parent)):
-    checkpoints.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+    checkpoints.start(step, _items(state), metrics)
 
 
-def add_metrics(checkpoints: ocp.CheckpointManager, step: int, metrics: dict[str, float]) -> None:
+def add_metrics(checkpoints: Checkpoints, step: int, metrics: dict[str, float]) -> None:
   """Adds the `metrics` of an evaluation to a checkpoint that was saved without."""
   folder = checkpoints.directory / str(step)
   with (

@@ -113,7 +113,7 @@ def train(
   )
   batches = input_pipeline.prefetch_to_devices(batches, experiment.by_batch)
 
-  results, preemption = {}, faults.Preemption()
+  results, saved_step, preemption = {}, first_step, faults.Preemption()
   finite = faults.FiniteWatch(experiment.schedule, skip=config.skip_nonfinite)
   with (
     checkpoint.open_checkpoints(workdir, keep_last=config.checkpoint.keep_last) as checkpoints,
@@ -155,13 +155,14 @@ def train(
           writer.write_scalars(step, results)
         if saved:
           checkpoint.save(checkpoints, step, state, results if evaluated else None)
+          saved_step = step
         if logged or evaluated:
           clock_step, clock = step, time.monotonic()
       results = results or evaluate_state()
     except Preempted:
       finite.check()
       step = int(state.step)
-      if step > first_step and step != checkpoints.latest_step():
+      if step > saved_step:
         checkpoint.save(checkpoints, step, state, None)
       raise Preempted(f"preempted at step {step} of {total_steps}; the same command continues from there") from None
   logging.info("finished: %s", ", ".join(f"{name} {value:.4f}" for name, value in results.items()))
