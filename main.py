@@ -116,27 +116,38 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   return parser.parse_args(rest), [argument.removeprefix("--config.") for argument in overrides]
 
 
+def run_compare(args: argparse.Namespace, overrides: list[str]) -> None:
+  """Dispatches `compare`."""
+  from vit_jax_ext.analysis import compare
+  from vit_jax_ext.errors import UserError
+
+  if args.study:
+    if args.models or args.workdir or args.fusion:
+      raise UserError(
+        f"--study={args.study} trains models of its own; give --models, --workdir or --fusion in a command of their "
+        "own, with the same --output for one report"
+      )
+    from vit_jax_ext.analysis import studies
+
+    studies.run_studies(args.study, args.seeds, overrides, args.output)
+    return
+  if overrides:
+    raise UserError(
+      f"--config.{overrides[0]} is for a --study; models are compared as they were published, runs as they were "
+      "trained: leave it out"
+    )
+  models = args.models.split(",") if args.models else None
+  if args.fusion or not (args.output or args.workdir):
+    compare.print_costs(models, fusion=args.fusion, output=args.output)
+  else:
+    compare.compare(models, args.workdir or (), args.output, batch_sizes=args.batch_sizes.split(","),
+                    dtypes=args.dtypes.split(","), rounds=args.rounds)  # fmt: skip
+
+
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
   """Dispatches to the command; imports what it needs and no more."""
   if args.command == "compare":
-    from vit_jax_ext.analysis import compare
-    from vit_jax_ext.errors import UserError
-
-    models = args.models.split(",") if args.models else None
-    if args.study:
-      if args.models or args.workdir or args.fusion:
-        raise UserError(
-          f"--study={args.study} trains models of its own; give --models, --workdir or --fusion in a command of their "
-          "own, with the same --output for one report"
-        )
-      from vit_jax_ext.analysis import studies
-
-      studies.run_studies(args.study, args.seeds, overrides, args.output)
-    elif args.fusion or not (args.output or args.workdir):
-      compare.print_costs(models, fusion=args.fusion, output=args.output)
-    else:
-      compare.compare(models, args.workdir or (), args.output, batch_sizes=args.batch_sizes.split(","),
-                      dtypes=args.dtypes.split(","), rounds=args.rounds)  # fmt: skip
+    run_compare(args, overrides)
     return
 
   from vit_jax_ext import config as configs

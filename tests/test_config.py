@@ -20,13 +20,15 @@ def test_overrides_keep_types(config):
   configs.override(
     config,
     ["batch_size=32", "optimizer.learning_rate=1", "dataset.name=other", "total_epochs=0.5", "total_steps=None",
-     "model.overrides.embed_dim=(8,16)", "model.overrides.remat=true", "optimizer.clip_norm=none"],
+     "model.overrides.embed_dim=(8,16)", "model.overrides.remat=true", "model.overrides.fusion=none",
+     "optimizer.clip_norm=none"],
   )  # fmt: skip
   assert config.batch_size == 32
   assert config.optimizer.learning_rate == 1.0 and isinstance(config.optimizer.learning_rate, float)
   assert (config.dataset.name, config.total_epochs, config.total_steps) == ("other", 0.5, None)
   assert config.model.overrides.embed_dim == (8, 16)
   assert config.model.overrides.remat is True
+  assert config.model.overrides.fusion == "none"
   assert config.optimizer.clip_norm is None
 
 

@@ -114,6 +114,7 @@ def test_table_6_is_printed(run, tmp_path):
     (["evaluate"], ["holds no run"]),
     (["predict", "image.png"], ["holds no run"]),
     (["compare", "--models=resnet50"], ["resnet50"]),
+    (["compare", "--config.model.overrides.depth=2"], ["overrides.depth=2", "--study"]),
     (["fly"], ["fly"]),
     (["--steps=3"], ["--steps=3"]),
   ],

@@ -78,11 +78,14 @@ def override(config: ml_collections.ConfigDict, assignments: Sequence[str]) -> N
     key, equals, text = assignment.partition("=")
     if not equals:
       raise UserError(f"--config.{key} has no value; write --config.{key}=VALUE")
+    *parents, leaf = key.split(".")
+    words = {"true": "True", "false": "False"}
+    if parents != ["model", "overrides"]:  # whose fusion=none is a name
+      words["none"] = "None"
     try:
-      value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+      value = ast.literal_eval(words.get(text.lower(), text))
     except (SyntaxError, ValueError):
       value = text
-    *parents, leaf = key.split(".")
     node = config
     for i, parent in enumerate(parents):
       node = node.get(parent) if isinstance(node, ml_collections.ConfigDict) else None

@@ -142,8 +142,9 @@ def set_aside(workdir: str, steps: list[int]) -> None:
   """Moves checkpoints to the folder `damaged`, for whoever wants to look into them; their steps are trained again."""
   for step in steps:
     target = epath.Path(workdir) / "damaged" / f"{step}-{time.strftime('%Y%m%dT%H%M%S')}"
-    target.parent.mkdir(exist_ok=True)
-    _folder(workdir, step).rename(target)
+    with faults.writing(workdir):
+      target.parent.mkdir(exist_ok=True)
+      _folder(workdir, step).rename(target)
     logging.warning("it is now %s", target)
 
 
@@ -237,7 +238,7 @@ def read_weights(folder: str) -> tuple[int, str, dict[tuple, np.ndarray]] | None
   path = epath.Path(folder).expanduser().absolute()
   if (path / "checkpoints").is_dir():
     path = _folder(os.fspath(path), _best_step(os.fspath(path)))
-  elif why := digests.damage(path):
+  elif (path / "model").is_dir() and (why := digests.damage(path)):
     raise UserError(f"checkpoint {path} is damaged: {why}; choose another one in {path.parent}")
   item = "ema" if (path / "ema").is_dir() else "model"
   if not (path / item).is_dir():

@@ -17,15 +17,12 @@ def write(folder: epath.Path) -> None:
 
 
 def damage(folder: epath.Path) -> str | None:
-  """Returns what is not as it was when the digests were written; None if all is, or if there are none.
-
-  Files may have been added since.
-  """
+  """Returns what is not as it was when the digests were written; None if all is. Files may have been added since."""
   if not (folder / FILE).exists():
-    return None
+    return f"{FILE} is missing"
   try:
-    written = json.loads((folder / FILE).read_text())
-  except ValueError:
+    written = dict(json.loads((folder / FILE).read_text()))
+  except (ValueError, TypeError):
     return f"{FILE} cannot be read"
   found = _digests(folder)
   for name, digest in written.items():
