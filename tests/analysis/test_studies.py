@@ -88,7 +88,7 @@ def files(folder):
 def test_mean_and_spread(output):
   rows = table(output)["rows"]
   assert [row[0] for row in rows] == ["one block", "two blocks"]
-  for blocks, (_, params, _, top1, similar, rate) in enumerate(rows, 1):
+  for blocks, (_, top1, similar, params, _, rate) in enumerate(rows, 1):
     runs = [metrics(output, f"vit_{blocks}/seed_{seed}") for seed in (0, 1)]
     assert all(lines[-1]["step"] == 4 for lines in runs)
     scores = [100 * lines[-1]["eval/top1"] for lines in runs]
@@ -114,7 +114,7 @@ def test_the_page_shows_them(output):
   assert content["title"] == "Does a second block help?" and "Not finished" not in content["text"]
   for words in (content["title"], content["text"].split("; ")[0], *(row[0] for row in content["rows"])):
     assert words in text
-  for _, _, _, (mean, spread), _, rate in content["rows"]:
+  for _, (mean, spread), _, _, _, rate in content["rows"]:
     decimals = 2 if spread < 1 else 1 if spread < 10 else 0  # two digits of the spread
     assert spread == 0 or spread >= 0.1
     assert f"{mean:.{decimals}f} ± {spread:.{decimals}f}" in text and f"{rate:,}" in text
@@ -144,7 +144,7 @@ def test_an_interrupted_study_goes_on(argv, output, steps, tmp_path, monkeypatch
   assert "the same command continues" in capsys.readouterr().err
   content = table(tmp_path)
   assert content["text"].endswith("Not finished: 1 of 4 runs are in.")
-  assert [row[3] for row in content["rows"]] == [round(100 * metrics(output, RUNS[0])[-1]["eval/top1"], 2), None]
+  assert [row[1] for row in content["rows"]] == [round(100 * metrics(output, RUNS[0])[-1]["eval/top1"], 2), None]
   assert "Not finished: 1 of 4" in (tmp_path / "report.html").read_text()
   first = {path: value for path, value in files(tmp_path).items() if RUNS[0] in str(path)}
 

@@ -101,10 +101,10 @@ class _Cell:
     blocks = [run.similar_blocks for run in self.runs if run.similar_blocks is not None]
     rates = [rate for run in self.runs for rate in run.images_per_second]
     return [
-      _three_digits(self.params / 1e6),
-      _three_digits(self.multiply_adds / 1e6),
       _mean_and_spread(top1),
       *([_mean_and_spread(blocks)] if with_maps else ()),
+      _three_digits(self.params / 1e6),
+      _three_digits(self.multiply_adds / 1e6),
       round(statistics.median(rates)) if rates else None,
     ]
 
@@ -125,7 +125,7 @@ class _Study:
     table = {
       "title": self.title,
       "text": self.text + (f" Not finished: {runs - missing} of {runs} runs are in." if missing else ""),
-      "columns": ["model", "parameters, M", "multiply-adds, M", "top-1, %", *(["similar blocks"] if with_maps else ()),
+      "columns": ["model", "top-1, %", *(["similar blocks"] if with_maps else ()), "parameters, M", "multiply-adds, M",
                   "training, images/s"],
       "rows": [[label, *cell.row(with_maps)] for label, cell in zip(self.labels, self.cells, strict=True)],
     }  # fmt: skip
