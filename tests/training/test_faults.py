@@ -64,6 +64,7 @@ def check_equals_whole(config, workdir, whole):
 
   assert numbers(workdir) == numbers(whole)
   assert checkpoint.inspect(str(workdir)) == (config.total_steps, [])
+  assert {path.name for path in workdir.iterdir() if path.is_dir()} <= {"checkpoints", "damaged"}
 
 
 def files(folder):

@@ -28,6 +28,7 @@ class Checkpoints(ocp.CheckpointManager):
 
   def __init__(self, folder: epath.Path, options: ocp.CheckpointManagerOptions):
     super().__init__(folder, options=options)
+    self._outdated = folder / options.todelete_subdir if options.todelete_subdir else None
     self._thread, self._started = concurrent.futures.ThreadPoolExecutor(1), None
 
   def start(self, step: int, items: dict[str, Any], metrics: dict[str, float] | None) -> None:
@@ -38,6 +39,7 @@ class Checkpoints(ocp.CheckpointManager):
     self._finish()
 
     def save(items):
+      self._delete_outdated()
       args = ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()})
       self.save(step, args=args, metrics=metrics, force=True)
 
@@ -52,6 +54,14 @@ class Checkpoints(ocp.CheckpointManager):
     finally:
       self._thread.shutdown()
       super().close()
+      self._delete_outdated()
+      if self._outdated and self._outdated.exists() and not jax.process_index():
+        self._outdated.rmdir()
+
+  def _delete_outdated(self) -> None:
+    if self._outdated and self._outdated.exists() and not jax.process_index():
+      for checkpoint in self._outdated.iterdir():
+        checkpoint.rmtree()
 
   def _finish(self) -> None:
     started, self._started = self._started, None
@@ -86,6 +96,8 @@ def open_checkpoints(workdir: str, *, keep_last: int = 1, read_only: bool = Fals
     preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(keep_last), best]),
     read_only=read_only,
     cleanup_tmp_directories=not read_only,
+    # Out of the way first: killed while it deletes, a run would leave half a checkpoint where whole ones belong.
+    todelete_subdir=None if read_only else "../outdated",
     async_options=ocp.options.AsyncOptions(post_finalization_callback=write_digests),
   )
   with faults.writing(workdir):
