@@ -21,7 +21,7 @@ OPTIONS = [
   "--config.model.overrides.image_size=8", "--config.model.overrides.patch_size=(2,4)",
   "--config.model.overrides.embed_dim=(8,16)", "--config.model.overrides.num_heads=(2,2)",
   "--config.model.overrides.depth=((1,1),)", "--config.model.overrides.mlp_ratio=(1,1)",
-  "--config.total_steps=1500", "--config.eval_every_steps=150", "--config.log_every_steps=15",
+  "--config.total_steps=3000", "--config.eval_every_steps=300", "--config.log_every_steps=15",
   "--config.checkpoint.every_steps=15",
 ]  # fmt: skip
 
@@ -37,7 +37,7 @@ def test_twenty_kills_change_nothing(tmp_path, data_dir):
 
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   began = time.monotonic()
-  assert start(whole).communicate() and checkpoint.latest_step(str(whole)) == 1500
+  assert start(whole).communicate() and checkpoint.latest_step(str(whole)) == 3000
   print(f"\nuninterrupted: {time.monotonic() - began:.0f} s")
   before, survived = 0, 0
   for i in range(KILLS):
@@ -58,7 +58,7 @@ def test_twenty_kills_change_nothing(tmp_path, data_dir):
   print(f"{KILLS - survived} kills; then to the end")
 
   assert not (killed / "damaged").exists() and not list(killed.rglob("*tmp*"))
-  assert checkpoint.inspect(str(killed)) == checkpoint.inspect(str(whole)) == (1500, [])
+  assert checkpoint.inspect(str(killed)) == checkpoint.inspect(str(whole)) == (3000, [])
   config = configs.read_workdir_config(str(whole))
   for ema in (False, True):
     jax.tree.map(np.testing.assert_array_equal, weights(config, killed, ema=ema), weights(config, whole, ema=ema))
