@@ -154,12 +154,16 @@ def test_killed_run_continues_bitwise(workdir, tmp_path, data_dir):
   ]  # fmt: skip
   environment = os.environ | {"PYTHONUNBUFFERED": "1"}
 
+  def complete(step):
+    return lambda path: path.name.isdecimal() and int(path.name) >= step
+
   def start_and_stop(step, notice):
     process = subprocess.Popen(
       command, cwd=os.path.dirname(main.__file__), env=environment, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 240
-    while checkpoint.latest_step(tmp_path) < step and process.poll() is None and time.monotonic() < deadline:
+    while not any(map(complete(step), (tmp_path / "checkpoints").glob("*"))) and process.poll() is None:
+      assert time.monotonic() < deadline
       time.sleep(0.01)
     process.send_signal(notice)
     return process.communicate()[1], process.returncode

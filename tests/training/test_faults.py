@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+from etils import epath
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ import vit_jax_ext as vx
 from vit_jax_ext import config as configs
 from vit_jax_ext.console import Progress
 from vit_jax_ext.errors import Preempted, RunError
-from vit_jax_ext.training import checkpoint, faults
+from vit_jax_ext.training import checkpoint, digests, faults
 from vit_jax_ext.training.train import train
 from vit_jax_ext.training.train_step import init_state, make_train_step, split_model
 
@@ -110,6 +111,18 @@ def test_training_continues_from_the_one_before(config, copy, whole, caplog):
   check_equals_whole(config, copy, whole[0])
   (aside,) = (copy / "damaged").iterdir()
   assert (aside / largest.relative_to(copy / "checkpoints" / "12")).read_bytes() == content  # nothing is deleted
+
+
+def test_a_file_that_vanishes_while_it_is_read(copy, monkeypatch):
+  """Somebody evaluates a run that is still training and puts an old checkpoint out of the way just then."""
+  path, digests_of = copy / "checkpoints" / "12", digests._digests
+
+  def vanish(folder):
+    shutil.rmtree(path, ignore_errors=True)
+    return digests_of(folder)
+
+  monkeypatch.setattr(digests, "_digests", vanish)
+  assert "removed" in digests.damage(epath.Path(path))
 
 
 def test_evaluation_takes_the_next_best(config, copy, caplog):

@@ -43,7 +43,7 @@ class Checkpoints(ocp.CheckpointManager):
       args = ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()})
       self.save(step, args=args, metrics=metrics, force=True)
 
-    if jax.process_count() == 1:
+    if jax.process_count() == 1:  # copied, for on a CPU device_get gives views of what the next step overwrites
       self._started = self._thread.submit(save, jax.tree.map(np.array, jax.device_get(items)))
     else:
       save(items)

@@ -24,7 +24,10 @@ def damage(folder: epath.Path) -> str | None:
     written = dict(json.loads((folder / FILE).read_text()))
   except (ValueError, TypeError):
     return f"{FILE} cannot be read"
-  found = _digests(folder)
+  try:
+    found = _digests(folder)
+  except FileNotFoundError as error:  # a run that is still training has put the checkpoint out of the way
+    return f"{error.filename or folder} has just been removed"
   for name, digest in written.items():
     if found.get(name) != digest:
       return f"{name} is not what was written" if name in found else f"{name} is missing"
