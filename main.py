@@ -118,7 +118,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def run_compare(args: argparse.Namespace, overrides: list[str]) -> None:
   """Dispatches `compare`."""
-  from vit_jax_ext.analysis import compare
+  from vit_jax_ext.compare import comparison as compare
   from vit_jax_ext.errors import UserError
 
   if args.study:
@@ -127,7 +127,7 @@ def run_compare(args: argparse.Namespace, overrides: list[str]) -> None:
         f"--study={args.study} trains models of its own; give --models, --workdir or --fusion in a command of their "
         "own, with the same --output for one report"
       )
-    from vit_jax_ext.analysis import studies
+    from vit_jax_ext.studies import study as studies
 
     studies.run_studies(args.study, args.seeds, overrides, args.output)
     return
@@ -158,17 +158,17 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
   if pretrained and args.command in ("evaluate", "predict", "analyze") and args.workdir:
     raise UserError(f"--workdir={args.workdir} and --config.pretrained both name weights; give one of them")
   if args.command == "analyze" and args.clusters:
-    from vit_jax_ext.analysis import clusters
+    from vit_jax_ext.attention import clusters
 
     clusters.analyze(args.clusters, args.workdir, args.config, args.model, overrides,
                      block=args.block, heads=args.heads, output=args.output)  # fmt: skip
     return
   if args.command in ("analyze", "study"):
-    from vit_jax_ext.analysis import report
+    from vit_jax_ext.attention import measure
 
     options = dict(threshold=args.threshold, head_threshold=args.head_threshold)
     if args.command == "study":
-      report.study(spec, args.workdir or configs.default_workdir(spec), overrides, args.output, **options)
+      measure.study(spec, args.workdir or configs.default_workdir(spec), overrides, args.output, **options)
       return
     if pretrained:
       runs = {None: configs.load_config(spec)}
@@ -177,7 +177,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
       runs = {workdir: configs.read_workdir_config(workdir) for workdir in workdirs}
     for config in runs.values():
       configs.override(config, overrides)
-    report.analyze(runs, args.output, **options)
+    measure.analyze(runs, args.output, **options)
     return
 
   if args.command == "convert":
@@ -195,7 +195,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     return
 
   if args.command == "collectives":
-    from vit_jax_ext.analysis import collectives
+    from vit_jax_ext.plan import collectives
 
     config = configs.load_config(spec)
     configs.override(config, overrides)

@@ -16,7 +16,7 @@ import main
 import vit_jax_ext as vx
 from vit_jax_ext import config as configs
 from vit_jax_ext.models import registry
-from vit_jax_ext.training import checkpoint
+from vit_jax_ext.workdir import checkpoint
 
 SIZES = [
   "--config.model.overrides.image_size=8", "--config.model.overrides.patch_size=4", "--config.model.overrides.depth=2",

@@ -15,9 +15,10 @@ import tensorflow_datasets as tfds
 
 import main
 from vit_jax_ext import config as configs
-from vit_jax_ext.analysis import cost
+from vit_jax_ext.compare import cost
 from vit_jax_ext.models import registry
-from vit_jax_ext.training import checkpoint, sharding
+from vit_jax_ext.training import sharding
+from vit_jax_ext.workdir import checkpoint
 
 TINY = [
   "--config.model.overrides.image_size=8", "--config.model.overrides.patch_size=(2,4)",

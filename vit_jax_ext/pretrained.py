@@ -17,7 +17,7 @@ import safetensors.numpy
 from vit_jax_ext import weight_files
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers, registry, swin
-from vit_jax_ext.training import checkpoint
+from vit_jax_ext.workdir import checkpoint
 
 # Our leaf names -> PyTorch's. All other parts of a path are the authors' own attribute names and indices.
 _TORCH_LEAF = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}

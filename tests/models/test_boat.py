@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import vit_jax_ext as vx
-from vit_jax_ext.analysis import cost
+from vit_jax_ext.compare import cost
 from vit_jax_ext.models import boat, registry
 
 # Two stages: at 224 pixels 3136 and 784 tokens.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import vit_jax_ext as vx
-from vit_jax_ext.analysis.cost import TABLE_6, model_cost
+from vit_jax_ext.compare.cost import TABLE_6, model_cost
 from vit_jax_ext.models import crossvit
 
 TINY = dict(image_size=24, patch_size=(4, 8), embed_dim=(16, 32), num_heads=(2, 4), depth=((1, 2),), mlp_ratio=(2, 2))

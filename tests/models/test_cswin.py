@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import vit_jax_ext as vx
-from vit_jax_ext.analysis import cost
+from vit_jax_ext.compare import cost
 from vit_jax_ext.models import cswin, layers, registry
 
 SMALL = dict(num_classes=5, embed_dim=8, depth=(1, 1), num_heads=(2, 4), split_size=(2, 7))

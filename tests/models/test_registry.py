@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import vit_jax_ext as vx
-from vit_jax_ext.analysis.cost import count_params
+from vit_jax_ext.compare.cost import count_params
 from vit_jax_ext.models import registry
 
 # FACTS: counted on the authors' models.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import vit_jax_ext as vx
-from vit_jax_ext.analysis import cost
+from vit_jax_ext.compare import cost
 from vit_jax_ext.models import layers, registry, swin
 
 SMALL = dict(image_size=64, num_classes=5, embed_dim=8, depths=(2, 1), num_heads=(1, 2), window_size=4)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import vit_jax_ext as vx
-from vit_jax_ext.analysis.cost import count_params
+from vit_jax_ext.compare.cost import count_params
 from vit_jax_ext.models.layers import IsotropicTransformer
 from vit_jax_ext.models.registry import VARIANTS
 

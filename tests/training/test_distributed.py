@@ -22,9 +22,9 @@ from vit_jax_ext import config as configs
 from vit_jax_ext.console import Progress
 from vit_jax_ext.errors import Preempted, RunError
 from vit_jax_ext.training import distributed
-from vit_jax_ext.training.checkpoint import latest_step
 from vit_jax_ext.training.evaluate import evaluate_weights
 from vit_jax_ext.training.train import train
+from vit_jax_ext.workdir.checkpoint import latest_step
 
 ROOT = os.path.dirname(main.__file__)
 TINY = [

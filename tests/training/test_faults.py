@@ -23,9 +23,10 @@ import vit_jax_ext as vx
 from vit_jax_ext import config as configs
 from vit_jax_ext.console import Progress
 from vit_jax_ext.errors import Preempted, RunError
-from vit_jax_ext.training import checkpoint, digests, faults
+from vit_jax_ext.training import faults
 from vit_jax_ext.training.train import train
 from vit_jax_ext.training.train_step import init_state, make_train_step, split_model
+from vit_jax_ext.workdir import checkpoint, digests
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ from configs import digits
 from tests.training.five_steps import five_steps, relative
 import vit_jax_ext as vx
 from vit_jax_ext.models import registry
-from vit_jax_ext.training import checkpoint, sharding, train_step
+from vit_jax_ext.training import sharding, train_step
 from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.partition import Layout
 from vit_jax_ext.training.train import train
+from vit_jax_ext.workdir import checkpoint
 
 MESHES = {
   "data8": dict(data=8, fsdp=1, model=1),

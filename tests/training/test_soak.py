@@ -14,7 +14,7 @@ import pytest
 import main
 from tests.training.test_train import read_metrics, weights
 from vit_jax_ext import config as configs
-from vit_jax_ext.training import checkpoint
+from vit_jax_ext.workdir import checkpoint
 
 KILLS = 20
 OPTIONS = [

@@ -13,9 +13,10 @@ import tensorflow_datasets  # noqa: F401  (its import order with tensorflow matt
 import vit_jax_ext as vx
 from vit_jax_ext.console import Progress
 from vit_jax_ext.models import registry
-from vit_jax_ext.training import checkpoint, sharding
+from vit_jax_ext.training import sharding
 from vit_jax_ext.training.experiment import number_of_steps
 from vit_jax_ext.training.train import train
+from vit_jax_ext.workdir import checkpoint
 
 
 def weights(config, workdir, *, ema=False):
@@ -113,7 +114,7 @@ def test_finished_run_is_evaluated_again_and_nothing_changes(finished):
 
 
 def test_metrics_after_the_last_checkpoint_are_dropped(finished, tmp_path):
-  from vit_jax_ext.training.metrics import JsonlWriter
+  from vit_jax_ext.workdir.metrics import JsonlWriter
 
   (tmp_path / "metrics.jsonl").write_text('{"step": 2, "a": 1}\n{"step": 4, "a": 2}\n{"step": 6, "a"')
   writer = JsonlWriter(str(tmp_path), first_step=3)

@@ -1,1 +1,1 @@
-"""Training, evaluation and checkpoints."""
+"""Training, and what can be done with the model of a run: evaluation, prediction."""

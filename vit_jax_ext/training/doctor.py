@@ -13,10 +13,10 @@ from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import Dataset, open_dataset
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.pretrained import load_pretrained
-from vit_jax_ext.training import checkpoint
 from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.sharding import axis_sizes, bytes_per_device
 from vit_jax_ext.training.train_step import activation_bytes, split_model
+from vit_jax_ext.workdir import checkpoint
 
 
 def doctor(config: ml_collections.ConfigDict, workdir: str) -> None:

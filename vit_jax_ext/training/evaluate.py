@@ -16,9 +16,10 @@ from vit_jax_ext.data.datasets import Dataset, open_dataset
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import registry
 from vit_jax_ext.pretrained import load_pretrained
-from vit_jax_ext.training import checkpoint, distributed, sharding
+from vit_jax_ext.training import distributed, sharding
 from vit_jax_ext.training.partition import Layout
 from vit_jax_ext.training.train_step import Batch, Metrics, make_eval_step, split_model
+from vit_jax_ext.workdir import checkpoint
 
 
 def evaluate(

@@ -28,7 +28,7 @@ def attention_cosine_loss(out: Mapping[str, jax.Array], blocks: Sequence[int]) -
   DeepViT's regulariser, added with weight 0.1 to the cross-entropy of the 32-block recipe. As in the authors' code
   (zhoudaquan/dvit_repo, `SoftTargetCrossEntropyCosReg`): the cosine is taken **over the heads**, for each image, query
   and key, so what is penalised is that the heads share out a pair of tokens alike in both blocks; equation 2 of the
-  paper, which `analysis.similarity` computes, takes it over the queries. The code pairs the **first** blocks: its
+  paper, which `attention.similarity` computes, takes it over the queries. The code pairs the **first** blocks: its
   `cos_reg_component: 12` is `blocks=range(12)`, maps 0 with 1 to 11 with 12, although collapse is a matter of the last
   ones (`range(19, 31)` of 32).
 

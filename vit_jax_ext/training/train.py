@@ -17,10 +17,11 @@ from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import open_dataset
 from vit_jax_ext.errors import Preempted
 from vit_jax_ext.pretrained import load_pretrained
-from vit_jax_ext.training import checkpoint, distributed, faults, metrics
+from vit_jax_ext.training import distributed, faults
 from vit_jax_ext.training.evaluate import SplitEvaluator
 from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.train_step import TrainState, split_model
+from vit_jax_ext.workdir import checkpoint, metrics
 
 
 def _load_pretrained(state: TrainState, graphdef: nnx.GraphDef, source: str | bool) -> TrainState:

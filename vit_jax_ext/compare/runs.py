@@ -7,7 +7,7 @@ from typing import Any
 
 from vit_jax_ext import config as configs
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.training import checkpoint
+from vit_jax_ext.workdir import checkpoint
 
 CURVES = ("train/loss", "eval/loss", "eval/top1", "eval_ema/top1", "eval/ece")
 POINTS = 200  # of a curve, at most

@@ -5,7 +5,7 @@ import jax
 import pytest
 
 import vit_jax_ext as vx
-from vit_jax_ext.analysis import cost
+from vit_jax_ext.compare import cost
 from vit_jax_ext.models import registry
 from vit_jax_ext.models.layers import Mlp
 

@@ -8,7 +8,7 @@ from PIL import Image
 import pytest
 
 import main
-from vit_jax_ext.analysis import clusters
+from vit_jax_ext.attention import clusters
 
 SMALL = ["--config.model.overrides.image_size=(16,32)", "--config.model.overrides.embed_dim=8",
          "--config.model.overrides.cluster_size=4", "--config.model.overrides.overlap=1"]  # fmt: skip

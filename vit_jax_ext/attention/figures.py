@@ -1,4 +1,4 @@
-"""The DeepViT paper's figures, drawn from what `report.measure` returns."""
+"""The DeepViT paper's figures, drawn from what `measure.measure` returns."""
 
 from collections.abc import Mapping, Sequence
 import math

@@ -9,9 +9,9 @@ from typing import Any
 
 import jinja2
 
-from vit_jax_ext.analysis import charts, cost, results
-from vit_jax_ext.analysis.charts import Axis, Series
-from vit_jax_ext.analysis.results import Row, number
+from vit_jax_ext.compare import charts, cost, results
+from vit_jax_ext.compare.charts import Axis, Series
+from vit_jax_ext.compare.results import Row, number
 
 FILE = "report.html"
 STUDIES = "studies"
@@ -48,7 +48,7 @@ def render(comparison: Mapping[str, Any], studies: Sequence[Mapping[str, Any]] =
   table = results.rows(comparison)
   runs = [model for model in models if model["run"]]
   environment = jinja2.Environment(
-    loader=jinja2.PackageLoader("vit_jax_ext.analysis", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    loader=jinja2.PackageLoader("vit_jax_ext.compare", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
   )
   return environment.get_template("report.html.jinja").render(
     frame={"left": charts.LEFT, "right": charts.WIDTH - charts.RIGHT, "bottom": charts.HEIGHT - charts.BOTTOM,

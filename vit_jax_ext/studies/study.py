@@ -21,17 +21,17 @@ import rich.console
 import rich.table
 
 from vit_jax_ext import config as configs
-from vit_jax_ext.analysis import cost, page, results
-from vit_jax_ext.analysis.compare import positive
-from vit_jax_ext.analysis.report import measure
-from vit_jax_ext.analysis.runs import read_metrics
+from vit_jax_ext.attention.measure import measure
+from vit_jax_ext.compare import cost, report, results
+from vit_jax_ext.compare.comparison import positive
+from vit_jax_ext.compare.runs import read_metrics
 from vit_jax_ext.console import Countdown
 from vit_jax_ext.data.datasets import open_dataset
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers
-from vit_jax_ext.training import checkpoint
 from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.train import train
+from vit_jax_ext.workdir import checkpoint
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 # Name -> config file, and what is changed in it: from two seeds all three shall take half an hour on two CPU cores.
@@ -96,7 +96,7 @@ class _Cell:
     return [run for run in self.runs if run.top1 is None or (self.has_maps and run.similar_blocks is None)]
 
   def row(self, with_maps: bool) -> list[Any]:
-    """Returns the table's row but for the label (see `page.write`)."""
+    """Returns the table's row but for the label (see `report.write`)."""
     top1 = [100 * run.top1 for run in self.runs if run.top1 is not None]
     blocks = [run.similar_blocks for run in self.runs if run.similar_blocks is not None]
     rates = [rate for run in self.runs for rate in run.images_per_second]
@@ -129,9 +129,9 @@ class _Study:
                   "training, images/s"],
       "rows": [[label, *cell.row(with_maps)] for label, cell in zip(self.labels, self.cells, strict=True)],
     }  # fmt: skip
-    with results.replace(os.path.join(output, page.STUDIES), f"{self.name}.json") as file:
+    with results.replace(os.path.join(output, report.STUDIES), f"{self.name}.json") as file:
       json.dump(table, file, indent=1)
-    page.write(output)
+    report.write(output)
     return table
 
 
@@ -145,7 +145,7 @@ def run_studies(name: str, seeds: int | str, overrides: Sequence[str], output: s
     output: folder; the runs' workdirs are studies/NAME/CELL/seed_I in it.
 
   Returns:
-    For each study what its file holds, see `page.write`. A spread is the sample standard deviation over the seeds.
+    For each study what its file holds, see `report.write`. A spread is the sample standard deviation over the seeds.
 
   Raises:
     UserError: an unknown study, no number, what a config or a model does not know, cells that do not differ any more,
@@ -155,18 +155,18 @@ def run_studies(name: str, seeds: int | str, overrides: Sequence[str], output: s
     raise UserError("the runs of a study need a folder; give --output=DIR")
   seeds = positive("seeds", seeds)
   studies = [
-    _read_study(study, *source, overrides, seeds, os.path.join(output, page.STUDIES, study))
+    _read_study(study, *source, overrides, seeds, os.path.join(output, report.STUDIES, study))
     for study, source in _sources(name).items()
   ]
   for each in studies:
     each.write(output)
   if not jax.config.jax_compilation_cache_dir:  # a cell's programs are the same for all seeds
-    jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.path.join(output, page.STUDIES, ".compiled")))
+    jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.path.join(output, report.STUDIES, ".compiled")))
   _train(studies, output)
   tables = [each.write(output) for each in studies]
   for table in tables:
     _print(table)
-  for path in (*(os.path.join(page.STUDIES, f"{each.name}.json") for each in studies), page.FILE):
+  for path in (*(os.path.join(report.STUDIES, f"{each.name}.json") for each in studies), report.FILE):
     print(f"wrote {os.path.join(output, path)}")
   return tables
 
@@ -314,5 +314,5 @@ def _three_digits(value: float) -> float:
 def _print(table: Mapping[str, Any]) -> None:
   shown = rich.table.Table(*table["columns"], title=table["title"], caption=table["text"])
   for row in table["rows"]:
-    shown.add_row(*map(page.study_cell, row))
+    shown.add_row(*map(report.study_cell, row))
   rich.console.Console(width=120).print(shown)

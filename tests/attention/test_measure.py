@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import main
-from vit_jax_ext.analysis import figures
+from vit_jax_ext.attention import figures
 from vit_jax_ext.config import claim_workdir
 
 STUDY = """

@@ -11,7 +11,7 @@ import pytest
 from configs import digits
 import main
 import vit_jax_ext as vx
-from vit_jax_ext.analysis.collectives import Collective, collectives, report, simulate_devices
+from vit_jax_ext.plan.collectives import Collective, collectives, report, simulate_devices
 
 # A loop of 3 rounds with a loop of 5 in it; a branch; types of 1, 2, 4 and 8 bytes.
 PROGRAM = """HloModule example, is_scheduled=true

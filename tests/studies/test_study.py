@@ -10,10 +10,11 @@ import pytest
 
 import main
 from vit_jax_ext import config as configs
-from vit_jax_ext.analysis import page, studies
-from vit_jax_ext.analysis.cost import TABLE_6
+from vit_jax_ext.compare import report
+from vit_jax_ext.compare.cost import TABLE_6
 from vit_jax_ext.console import Countdown
 from vit_jax_ext.models import registry
+from vit_jax_ext.studies import study as studies
 
 FILE = '''"""Does a second block help?"""
 
@@ -246,7 +247,7 @@ def test_fusion_has_the_rows_of_table_6():
 
 def test_cells_of_a_table_as_text():
   cells = [None, "none", 1234, 0.25, [98.2, 0.31], [70.0, 12.0]]
-  assert [page.study_cell(cell) for cell in cells] == ["", "none", "1,234", "0.25", "98.20 ± 0.31", "70 ± 12"]
+  assert [report.study_cell(cell) for cell in cells] == ["", "none", "1,234", "0.25", "98.20 ± 0.31", "70 ± 12"]
 
 
 def test_studies_are_found_from_anywhere(monkeypatch, tmp_path):

@@ -12,9 +12,9 @@ import jax
 import rich.console
 import rich.table
 
-from vit_jax_ext.analysis import cost, page, results
-from vit_jax_ext.analysis.benchmark import PROGRAMS, Benchmark, OutOfMemoryError
-from vit_jax_ext.analysis.runs import read_run
+from vit_jax_ext.compare import cost, report, results
+from vit_jax_ext.compare.benchmark import PROGRAMS, Benchmark, OutOfMemoryError
+from vit_jax_ext.compare.runs import read_run
 from vit_jax_ext.console import Countdown
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import registry
@@ -135,7 +135,7 @@ def compare(
 
   def save() -> None:
     results.write(comparison, output)
-    page.write(output)
+    report.write(output)
 
   save()
   published = [model for model in described if not model["run"]]
@@ -155,7 +155,7 @@ def compare(
       comparison["settings"]["finished"] = i + 1
       save()
   _print(comparison)
-  for name in (results.JSON, "results.csv", "results.md", page.FILE):
+  for name in (results.JSON, "results.csv", "results.md", report.FILE):
     print(f"wrote {os.path.join(output, name)}")
   return comparison
 

@@ -16,8 +16,8 @@ import pytest
 
 from configs import digits
 import main
-from vit_jax_ext.analysis import benchmark, charts, page
-from vit_jax_ext.analysis.cost import count_params
+from vit_jax_ext.compare import benchmark, charts, report
+from vit_jax_ext.compare.cost import count_params
 from vit_jax_ext.console import Countdown
 from vit_jax_ext.models import registry
 from vit_jax_ext.training.train import train
@@ -201,7 +201,7 @@ def test_a_workdir_without_checkpoints(workdir, tmp_path, capsys):
 
 
 def test_which_points_no_other_exceeds():
-  assert page.undominated({"a": (1, 9), "b": (2, 8), "c": (1.5, 7), "d": (3, 1), "e": (2, 8)}) == ["d", "b", "e", "a"]
+  assert report.undominated({"a": (1, 9), "b": (2, 8), "c": (1.5, 7), "d": (3, 1), "e": (2, 8)}) == ["d", "b", "e", "a"]
 
 
 def test_labels_do_not_hide_each_other():

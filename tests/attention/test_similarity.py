@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import vit_jax_ext as vx
-from vit_jax_ext.analysis import similarity
+from vit_jax_ext.attention import similarity
 
 forward = jax.jit(lambda model, x: model(x))
 SMALL = dict(image_size=32, num_classes=5, embed_dim=24, depth=4, num_heads=3)

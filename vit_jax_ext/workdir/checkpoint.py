@@ -17,8 +17,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.training import digests, faults
+from vit_jax_ext.training import faults
 from vit_jax_ext.training.train_step import TrainState, split_model
+from vit_jax_ext.workdir import digests
 
 BEST_METRIC = "eval/top1"
 

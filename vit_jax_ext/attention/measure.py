@@ -15,7 +15,7 @@ import rich.console
 import rich.table
 
 from vit_jax_ext import config as configs
-from vit_jax_ext.analysis import figures, similarity
+from vit_jax_ext.attention import figures, similarity
 from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import open_dataset
 from vit_jax_ext.models import registry

@@ -1,1 +1,0 @@
-"""Looks at models from outside; nothing but the command line imports it."""

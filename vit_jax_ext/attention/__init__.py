@@ -1,0 +1,1 @@
+"""How trained models attend: similarity of their attention maps, and BOAT's clusters."""

@@ -1,0 +1,1 @@
+"""Studies: small models trained from several seeds, to answer one question."""
