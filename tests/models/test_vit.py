@@ -12,7 +12,7 @@ import pytest
 
 import vit_jax_ext as vx
 from vit_jax_ext.compare.cost import count_params
-from vit_jax_ext.models.layers import IsotropicTransformer
+from vit_jax_ext.models.isotropic import IsotropicTransformer
 from vit_jax_ext.models.registry import VARIANTS
 
 GOLDEN = Path(__file__).parent.parent / "golden"

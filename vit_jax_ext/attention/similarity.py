@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.models import layers, registry
+from vit_jax_ext.models import registry
+from vit_jax_ext.models.isotropic import IsotropicTransformer
 
 NEIGHBOURS = (1, 2, 3)  # the paper's k: block p is compared with block p + k
 
@@ -62,7 +63,7 @@ def attention_maps(out: Mapping[str, Any]) -> list[Any]:
   while f"blocks.{len(maps)}.attn" in out:
     maps.append(out[f"blocks.{len(maps)}.attn"])
   if not maps or any(m.shape != maps[0].shape for m in maps):
-    able = (n for n, v in registry.VARIANTS.items() if issubclass(v.model, layers.IsotropicTransformer))
+    able = (n for n, v in registry.VARIANTS.items() if issubclass(v.model, IsotropicTransformer))
     raise UserError(
       "the model has no attention maps of one size for every block, so its blocks cannot be compared; "
       f"choose one of {', '.join(sorted(able))}"

@@ -24,7 +24,8 @@ from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers
 from vit_jax_ext.models.cswin import CSWin, CSWinBlock
 from vit_jax_ext.models.layers import Linear, drop
-from vit_jax_ext.models.swin import Grid, LayerNorm, Swin, SwinBlock
+from vit_jax_ext.models.pyramid import Grid, LayerNorm
+from vit_jax_ext.models.swin import Swin, SwinBlock
 
 SHARPNESS = 100  # of the soft assignment: softmax(100 * cosine)
 

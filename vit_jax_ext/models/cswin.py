@@ -7,22 +7,16 @@ Written anew.
 Tokens are (B, N, C), row by row; `grid` is the (rows, columns) they lie on.
 """
 
-from collections.abc import Sequence
-import functools
+from collections.abc import Callable, Iterator, Sequence
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers
-from vit_jax_ext.models.layers import Conv, Linear, Sequential, drop
-
-Intermediates = dict[str, jax.Array]
-Grid = tuple[int, int]
-
-LayerNorm = functools.partial(layers.LayerNorm, epsilon=1e-5)
+from vit_jax_ext.models.layers import Conv, Sequential, drop
+from vit_jax_ext.models.pyramid import Grid, Intermediates, LayerNorm, Pyramid, PyramidBlock
 
 
 def flatten(x: jax.Array) -> jax.Array:
@@ -69,8 +63,8 @@ class JoinShares(nnx.Linear):
     return jnp.tensordot(x.astype(self.dtype), kernel.reshape(*x.shape[-2:], -1), 2) + bias
 
 
-class CSWinBlock(nnx.Module):
-  """Cross-shaped window attention and MLP, each with pre-norm, residual and stochastic depth (equation 6).
+class CSWinBlock(PyramidBlock):
+  """Cross-shaped window attention and MLP (equation 6).
 
   Args:
     grid: (rows, columns) of tokens.
@@ -89,27 +83,21 @@ class CSWinBlock(nnx.Module):
     drop_path_rate: float,
     **kw,
   ):
-    self.norm1 = LayerNorm(dim, **kw)
     share = len(stripes)
+    if num_heads % share:
+      raise UserError(f"{num_heads} heads do not divide into {share} kinds of stripes; change num_heads")
+    self.norm1 = LayerNorm(dim, **kw)
     self.qkv = layers.PackedQKV(dim, share, num_heads // share, **kw)
     self.attns = nnx.List(
       StripeAttention(dim // share, num_heads // share, grid, stripe, attn_drop_rate, **kw) for stripe in stripes
     )
     self.proj = JoinShares(dim, **kw)
-    self.norm2 = LayerNorm(dim, **kw)
-    self.mlp = layers.Mlp(dim, int(dim * mlp_ratio), drop_rate, **kw)
-    self.drop_path = layers.DropPath(drop_path_rate)
+    super().__init__(dim, mlp_ratio, drop_rate, drop_path_rate, **kw)
 
   def attend(self, x: jax.Array, rngs: nnx.Rngs | None) -> tuple[jax.Array, Intermediates]:
-    """Adds what the tokens tell each other."""
     qkv = self.qkv(self.norm1(x))
     y = jnp.stack([attn(qkv[:, :, :, i], rngs) for i, attn in enumerate(self.attns)], axis=-2)
     return x + drop(self.drop_path, self.proj(y), rngs), {}
-
-  def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, Intermediates]:
-    """Returns the new tokens (B, N, C) and the intermediates, named by their place in this module."""
-    x, out = self.attend(x, rngs)
-    return x + drop(self.drop_path, self.mlp(self.norm2(x), rngs), rngs), out
 
 
 class MergeBlock(nnx.Module):
@@ -124,102 +112,46 @@ class MergeBlock(nnx.Module):
     return self.norm(flatten(self.conv(x.reshape(x.shape[0], *self.grid, -1))))
 
 
-class CSWin(nnx.Module):
-  """The whole classifier.
+class CSWin(Pyramid):
+  """The whole classifier; see Pyramid for the other arguments, for its call and intermediates.
 
   Args:
-    num_classes: classes of the head; 0 for none, which gives the pooled features instead of logits.
-    image_size: (height, width) of the images; must divide by 4 times 2 for each further stage.
-    embed_dim: width of the first stage; doubles with each stage.
-    depth, num_heads: one value per stage.
+    depth: number of blocks, of each stage.
     split_size: width of the stripes of each stage, tokens; a stage takes the nearest divisor of its own sides
       (`layers.fit_window`). In the last stage one window spans the image. The authors' models for 384 pixels have
       (1, 2, 12, 12).
-    mlp_ratio: MLP expansion.
-    drop_rate, attn_drop_rate: dropout of MLP activations and of attention weights.
-    drop_path_rate: stochastic depth of the last block; rises linearly from 0.
-    remat: keep only the blocks' inputs for the backward pass.
-
-  Raises:
-    UserError: an image size that does not divide, heads that do not divide a width.
   """
 
-  def __init__(
-    self,
-    *,
-    num_classes: int = 1000,
-    image_size: tuple[int, int] = (224, 224),
-    embed_dim: int = 64,
-    depth: Sequence[int] = (1, 2, 21, 1),
-    num_heads: Sequence[int] = (2, 4, 8, 16),
-    split_size: Sequence[int] = (1, 2, 7, 7),
-    mlp_ratio: float = 4,
-    drop_rate: float = 0.0,
-    attn_drop_rate: float = 0.0,
-    drop_path_rate: float = 0.0,
-    remat: bool = False,
-    **kw,
-  ):
-    stages = len(depth)
-    rows, columns = layers.patch_grid(image_size, 4 * 2 ** (stages - 1))
-    self.image_size = image_size
-    self.drop_rates = (drop_rate, attn_drop_rate, drop_path_rate)
-    self.remat = remat
-    self.dtype = kw["dtype"]
-    self.depth = tuple(depth)
-    stem = Conv(3, embed_dim, (7, 7), strides=4, padding=((2, 2), (2, 2)), **kw)
-    self.stage1_conv_embed = Sequential([stem, flatten, LayerNorm(embed_dim, **kw)])
+  merging = MergeBlock
+  patch_size = 4
 
-    self.grids = tuple((rows * 2**i, columns * 2**i) for i in reversed(range(stages)))
-    rates = iter(np.linspace(0, drop_path_rate, sum(depth)).tolist())
-    for i, (grid, heads, split) in enumerate(zip(self.grids, num_heads, split_size, strict=True)):
-      dim, last = embed_dim * 2**i, i == stages - 1
-      if dim % heads or (heads % 2 and not last):
-        raise UserError(
-          f"{heads} heads of stage {i} do not divide its width {dim}, or are odd; change embed_dim or num_heads"
-        )
-      if i:
-        setattr(self, f"merge{i}", MergeBlock(dim // 2, self.grids[i - 1], **kw))
-      vertical = (grid[0], layers.fit_window(grid[1], split))
-      horizontal = (layers.fit_window(grid[0], split), grid[1])
-      stripes = [grid] if last else [vertical, horizontal]
-      blocks = nnx.List(
-        self.make_block(i, j)(dim, heads, grid, stripes, mlp_ratio, drop_rate, attn_drop_rate, next(rates), **kw)
-        for j in range(depth[i])
-      )
-      setattr(self, f"stage{i + 1}", blocks)
-    self.norm = LayerNorm(dim, **kw)
-    self.head = Linear(dim, num_classes, **kw) if num_classes else None
+  def __init__(self, *, depth: Sequence[int] = (1, 2, 21, 1), split_size: Sequence[int] = (1, 2, 7, 7), **kw):
+    self.depths, self.split_size = tuple(depth), tuple(split_size)
+    super().__init__(**kw)
 
-  def make_block(self, stage: int, index: int):
-    """Returns what creates block `index` of `stage`; takes CSWinBlock's arguments."""
+  def add_embedding(self, dim: int, drop_rate: float, **kw) -> None:
+    stem = Conv(3, dim, (7, 7), strides=self.patch_size, padding=((2, 2), (2, 2)), **kw)
+    self.stage1_conv_embed = Sequential([stem, flatten, LayerNorm(dim, **kw)])
+
+  def embed(self, images: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
+    return self.stage1_conv_embed(images)
+
+  def regions(self, stage: int, index: int) -> tuple[list[Grid]]:
+    """Returns the stripes, vertical and horizontal ones; in the last stage one window."""
+    grid = self.grids[stage]
+    if stage == len(self.depths) - 1:
+      return ([grid],)
+    rows, columns = (layers.fit_window(side, self.split_size[stage]) for side in grid)
+    return ([(grid[0], columns), (rows, grid[1])],)
+
+  def make_block(self, stage: int, index: int) -> Callable[..., CSWinBlock]:
     return CSWinBlock
 
-  def __call__(
-    self, images: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None
-  ) -> tuple[jax.Array, Intermediates]:
-    """Classifies normalised images (B, H, W, 3).
+  def add_stage(self, stage: int, blocks: list[CSWinBlock], merging: MergeBlock | None) -> None:
+    setattr(self, f"stage{stage + 1}", nnx.List(blocks))
+    if merging is not None:
+      setattr(self, f"merge{stage + 1}", merging)
 
-    Returns:
-      logits (B, num_classes), at least float32; without a head the pooled features (B, C).
-      out: `stages.{i}` (B, H / s, W / s, C_i) after the blocks of stage i, strides s = 4, 8, 16, 32;
-        `pre_logits` (B, C) the mean of the normalised tokens; the blocks' own, under `stage{i + 1}.{j}`.
-
-    Raises:
-      UserError: images of another size, or train=True with positive drop rates and no rngs.
-    """
-    layers.check_images(images, self.image_size)
-    rngs = layers.runtime_rngs(train, rngs, *self.drop_rates)
-    x = self.stage1_conv_embed(images.astype(self.dtype))
-    out = {}
-    for i, grid in enumerate(self.grids):
-      if i:
-        x = getattr(self, f"merge{i}")(x)
-      for j, block in enumerate(getattr(self, f"stage{i + 1}")):
-        x, inner = layers.call(block, x, rngs, remat=self.remat)
-        out |= {f"stage{i + 1}.{j}.{name}": value for name, value in inner.items()}
-      out[f"stages.{i}"] = x.reshape(x.shape[0], *grid, -1)
-    out["pre_logits"] = x = self.norm(x).mean(axis=1)
-    if self.head is not None:
-      x = self.head(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)), out
+  def stages(self) -> Iterator[tuple[str, Sequence[CSWinBlock], MergeBlock | None]]:
+    for i in range(1, len(self.depths) + 1):
+      yield f"stage{i}", getattr(self, f"stage{i}"), getattr(self, f"merge{i}", None)

@@ -4,16 +4,16 @@ Zhou et al.: DeepViT: Towards Deeper Vision Transformer, 2021, arXiv 2103.11886.
 zhoudaquan/dvit_repo (MIT); attribute names follow its state dict. Written anew.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers
+from vit_jax_ext.models.isotropic import IsotropicTransformer
 from vit_jax_ext.models.layers import Attention, Block, Conv, drop
 
 
@@ -125,49 +125,34 @@ class AdjustedBlock(Block):
     return x, attn
 
 
-class DeepViT(layers.IsotropicTransformer):
-  """The whole classifier; see IsotropicTransformer for its call and intermediates.
+class DeepViT(IsotropicTransformer):
+  """The whole classifier; see IsotropicTransformer for the other arguments, for its call and intermediates.
+
+  The paper's width expansion (Table 1) is `embed_dim` alone.
 
   Args:
-    num_classes: classes of the head; 0 for none, which gives the pooled features instead of logits.
-    image_size: (height, width) of the images; divides into patches of `patch_size`.
-    patch_size: side of the square patches, pixels.
-    embed_dim: width of the tokens; the paper's width expansion (Table 1) is this alone.
     depth: number of blocks.
-    num_heads, mlp_ratio: heads and MLP expansion of every block.
+    patch_size: side of the square patches, pixels.
     reattention_blocks: indices of the blocks with re-attention, the others attend plainly; None for all.
     reattention_norm: "batch", "layer" or "none"; see ReAttention.
     reatten_scale: factor of the maps after re-attention; None for head_dim ** -0.5.
     scale_adjustment: factor of the residual stream as the branches see it; see AdjustedBlock.
     conv_stem: two convolutions with BatchNorm before the patches are embedded; `patch_size` is then even.
-    drop_rate, attn_drop_rate: dropout of tokens and of attention weights.
-    drop_path_rate: stochastic depth of the last block; rises linearly from 0.
-    remat: keep only the blocks' inputs for the backward pass.
 
   Raises:
-    UserError: an image size that does not divide into patches, heads that do not divide the width, an unknown norm, a
-      block that does not exist, an odd patch size for the convolutional stem.
+    UserError: besides, an unknown norm, a block that does not exist, an odd patch size for the convolutional stem.
   """
 
   def __init__(
     self,
     *,
-    num_classes: int = 1000,
-    image_size: tuple[int, int] = (224, 224),
-    patch_size: int = 16,
-    embed_dim: int = 384,
     depth: int = 16,
-    num_heads: int = 12,
-    mlp_ratio: float = 3,
+    patch_size: int = 16,
     reattention_blocks: Sequence[int] | None = None,
     reattention_norm: str = "batch",
     reatten_scale: float | None = 1.0,
     scale_adjustment: float = 1.0,
     conv_stem: bool = False,
-    drop_rate: float = 0.0,
-    attn_drop_rate: float = 0.0,
-    drop_path_rate: float = 0.0,
-    remat: bool = False,
     **kw,
   ):
     if reattention_norm not in NORMS:
@@ -179,21 +164,16 @@ class DeepViT(layers.IsotropicTransformer):
     reattention_blocks = range(depth) if reattention_blocks is None else reattention_blocks
     if not set(reattention_blocks) <= set(range(depth)):
       raise UserError(f"reattention_blocks {tuple(reattention_blocks)} do not fit; the blocks are 0 to {depth - 1}")
-    reattention = functools.partial(ReAttention, norm=reattention_norm, reatten_scale=reatten_scale)
-    super().__init__(
-      (ConvStem if conv_stem else layers.PatchEmbed)(patch_size, embed_dim, **kw),
-      [
-        AdjustedBlock(
-          embed_dim, num_heads, mlp_ratio, drop_rate, attn_drop_rate, rate, scale_adjustment=scale_adjustment,
-          attention=reattention if i in reattention_blocks else Attention, **kw,
-        )
-        for i, rate in enumerate(np.linspace(0, drop_path_rate, depth).tolist())
-      ],
-      num_classes=num_classes,
-      image_size=image_size,
-      grid=layers.patch_grid(image_size, patch_size),
-      embed_dim=embed_dim,
-      drop_rates=(drop_rate, attn_drop_rate, drop_path_rate),
-      remat=remat,
-      **kw,
-    )  # fmt: skip
+    self.conv_stem, self.scale_adjustment = conv_stem, scale_adjustment
+    self.reattention_blocks = tuple(reattention_blocks)
+    self.reattention_norm, self.reatten_scale = reattention_norm, reatten_scale
+    super().__init__(depth=depth, patch_size=patch_size, **kw)
+
+  def make_patch_embed(self) -> Callable[..., nnx.Module]:
+    return ConvStem if self.conv_stem else super().make_patch_embed()
+
+  def make_block(self, index: int) -> Callable[..., AdjustedBlock]:
+    attention = Attention
+    if index in self.reattention_blocks:
+      attention = functools.partial(ReAttention, norm=self.reattention_norm, reatten_scale=self.reatten_scale)
+    return functools.partial(AdjustedBlock, scale_adjustment=self.scale_adjustment, attention=attention)

@@ -1,4 +1,4 @@
-"""What two or more architectures share: patch embedding, attention, windows, MLP, block, isotropic transformer.
+"""What two or more architectures share: patch embedding, attention, windows, MLP, block.
 
 Shapes: images are (B, H, W, 3), token sequences (B, N, C), attention maps (B, heads, queries, keys).
 Every module takes `dtype` (of the computation), `param_dtype` (of the parameters) and `rngs` (which draws the initial
@@ -7,7 +7,7 @@ parameters and is not kept). Randomness at run time is an argument, `rngs=nnx.Rn
 Statistics and softmax are at least float32, whatever `dtype` is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
 import math
 
@@ -291,70 +291,3 @@ def add_cls_token(tokens: jax.Array, cls_token: jax.Array, pos_embed: jax.Array)
   """Returns [class token | tokens] + position embedding, (B, 1 + N, C), in the dtype of `tokens`."""
   cls_token = jnp.broadcast_to(cls_token.astype(tokens.dtype), (tokens.shape[0], 1, tokens.shape[-1]))
   return jnp.concatenate([cls_token, tokens], axis=1) + pos_embed.astype(tokens.dtype)
-
-
-class IsotropicTransformer(nnx.Module):
-  """A class token and the patch tokens through blocks of one width, to a linear head: what ViT and DeepViT share.
-
-  Args:
-    patch_embed: images (B, H, W, 3) to patch tokens (B, N, C); called with `train`.
-    blocks: each tokens to (tokens, attention maps); called with `rngs` and `train`.
-    num_classes: classes of the head; 0 for none, which gives the pooled features instead of logits.
-    image_size: (height, width) of the images.
-    grid: (rows, columns) of patches.
-    embed_dim: C.
-    drop_rates: of dropout, attention dropout and stochastic depth; the first is also applied to the embedded tokens.
-    remat: keep only the blocks' inputs for the backward pass.
-  """
-
-  def __init__(
-    self,
-    patch_embed: nnx.Module,
-    blocks: Sequence[nnx.Module],
-    *,
-    num_classes: int,
-    image_size: tuple[int, int],
-    grid: tuple[int, int],
-    embed_dim: int,
-    drop_rates: tuple[float, float, float],
-    remat: bool,
-    **kw,
-  ):
-    self.image_size, self.grid = image_size, grid
-    self.drop_rates = drop_rates
-    self.remat = remat
-    self.dtype = kw["dtype"]
-    rngs, param_dtype = kw["rngs"], kw["param_dtype"]
-    self.patch_embed = patch_embed
-    self.cls_token = nnx.Param(token_init(rngs.params(), (1, 1, embed_dim), param_dtype))
-    self.pos_embed = nnx.Param(token_init(rngs.params(), (1, 1 + grid[0] * grid[1], embed_dim), param_dtype))
-    self.pos_drop = nnx.Dropout(drop_rates[0])
-    self.blocks = nnx.List(blocks)
-    self.norm = LayerNorm(embed_dim, **kw)
-    self.head = Linear(embed_dim, num_classes, **kw) if num_classes else None
-
-  def __call__(
-    self, images: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None
-  ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Classifies normalised images (B, H, W, 3).
-
-    Returns:
-      logits (B, num_classes), at least float32; without a head the pooled features, the normalised class token (B, C).
-      out: for block i `blocks.{i}.attn` (B, heads, 1 + N, 1 + N), the maps that multiply the values, and `blocks.{i}`
-        (B, 1 + N, C), the tokens after it; `pre_logits` (B, C), the normalised class token.
-
-    Raises:
-      UserError: images of another size, or train=True with positive drop rates and no rngs.
-    """
-    check_images(images, self.image_size)
-    rngs = runtime_rngs(train, rngs, *self.drop_rates)
-    tokens = self.patch_embed(images.astype(self.dtype), train=train)
-    x = drop(self.pos_drop, add_cls_token(tokens, self.cls_token[...], self.pos_embed[...]), rngs)
-    out = {}
-    for i, block in enumerate(self.blocks):
-      x, out[f"blocks.{i}.attn"] = call(block, x, rngs, train=train, remat=self.remat)
-      out[f"blocks.{i}"] = x
-    out["pre_logits"] = x = self.norm(x[:, 0])
-    if self.head is not None:
-      x = self.head(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)), out

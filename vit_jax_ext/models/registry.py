@@ -204,9 +204,7 @@ def _options(model: type[nnx.Module]) -> set[str]:
   """Returns the keyword arguments of a model's class, and of the bases that it passes the rest on to."""
   options = set()
   for cls in model.__mro__:
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    if any(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters):
-      break  # a base that is built from parts, not from options
+    parameters = inspect.signature(cls.__init__).parameters.values()
     options |= {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
   return options
 

@@ -6,7 +6,7 @@ The authors' code is microsoft/Swin-Transformer (MIT); attribute names follow it
 Tokens are (B, N, C), row by row; `grid` is the (rows, columns) they lie on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 import functools
 
 from flax import nnx
@@ -14,14 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers
 from vit_jax_ext.models.layers import Linear, drop
-
-Intermediates = dict[str, jax.Array]
-Grid = tuple[int, int]
-
-LayerNorm = functools.partial(layers.LayerNorm, epsilon=1e-5)
+from vit_jax_ext.models.pyramid import Grid, Intermediates, LayerNorm, Pyramid, PyramidBlock
 
 
 @functools.cache
@@ -100,8 +95,8 @@ class WindowAttention(nnx.Module):
     return drop(self.proj_drop, x.reshape(batch, tokens, dim), rngs)
 
 
-class SwinBlock(nnx.Module):
-  """Window attention and MLP, each with pre-norm, residual and stochastic depth (equation 3)."""
+class SwinBlock(PyramidBlock):
+  """Window attention and MLP (equation 3)."""
 
   def __init__(
     self,
@@ -118,18 +113,10 @@ class SwinBlock(nnx.Module):
   ):
     self.norm1 = LayerNorm(dim, **kw)
     self.attn = WindowAttention(dim, num_heads, grid, window, shift, attn_drop_rate, drop_rate, **kw)
-    self.norm2 = LayerNorm(dim, **kw)
-    self.mlp = layers.Mlp(dim, int(dim * mlp_ratio), drop_rate, **kw)
-    self.drop_path = layers.DropPath(drop_path_rate)
+    super().__init__(dim, mlp_ratio, drop_rate, drop_path_rate, **kw)
 
   def attend(self, x: jax.Array, rngs: nnx.Rngs | None) -> tuple[jax.Array, Intermediates]:
-    """Adds what the tokens tell each other."""
     return x + drop(self.drop_path, self.attn(self.norm1(x), rngs), rngs), {}
-
-  def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, Intermediates]:
-    """Returns the new tokens (B, N, C) and the intermediates, named by their place in this module."""
-    x, out = self.attend(x, rngs)
-    return x + drop(self.drop_path, self.mlp(self.norm2(x), rngs), rngs), out
 
 
 class PatchMerging(nnx.Module):
@@ -167,103 +154,43 @@ class Stage(nnx.Module):
     self.downsample = downsample
 
 
-class Swin(nnx.Module):
-  """The whole classifier.
+class Swin(Pyramid):
+  """The whole classifier; see Pyramid for the other arguments, for its call and intermediates.
 
   Args:
-    num_classes: classes of the head; 0 for none, which gives the pooled features instead of logits.
-    image_size: (height, width) of the images; must divide by the patch size times 2 for each further stage.
     patch_size: side of a patch, pixels.
-    embed_dim: width of the first stage; doubles with each stage.
-    depths, num_heads: one value per stage.
+    depths: number of blocks, of each stage.
     window_size: side of the windows, tokens; each stage takes the nearest divisor of its own sides
       (`layers.fit_window`). The authors' models for 384 pixels have 12.
-    mlp_ratio: MLP expansion.
-    drop_rate, attn_drop_rate: dropout of tokens and of attention weights.
-    drop_path_rate: stochastic depth of the last block; rises linearly from 0.
-    remat: keep only the blocks' inputs for the backward pass.
-
-  Raises:
-    UserError: an image size that does not divide, heads that do not divide a width.
   """
 
-  def __init__(
-    self,
-    *,
-    num_classes: int = 1000,
-    image_size: tuple[int, int] = (224, 224),
-    patch_size: int = 4,
-    embed_dim: int = 96,
-    depths: Sequence[int] = (2, 2, 6, 2),
-    num_heads: Sequence[int] = (3, 6, 12, 24),
-    window_size: int = 7,
-    mlp_ratio: float = 4,
-    drop_rate: float = 0.0,
-    attn_drop_rate: float = 0.0,
-    drop_path_rate: float = 0.0,
-    remat: bool = False,
-    **kw,
-  ):
-    rows, columns = layers.patch_grid(image_size, patch_size * 2 ** (len(depths) - 1))
-    self.image_size = image_size
-    self.drop_rates = (drop_rate, attn_drop_rate, drop_path_rate)
-    self.remat = remat
-    self.dtype = kw["dtype"]
-    self.depths = tuple(depths)
-    self.patch_embed = PatchEmbed(patch_size, embed_dim, **kw)
+  merging = PatchMerging
+
+  def __init__(self, *, patch_size: int = 4, depths: Sequence[int] = (2, 2, 6, 2), window_size: int = 7, **kw):
+    self.patch_size, self.depths, self.window_size = patch_size, tuple(depths), window_size
+    self.layers = nnx.List()
+    super().__init__(**kw)
+
+  def add_embedding(self, dim: int, drop_rate: float, **kw) -> None:
+    self.patch_embed = PatchEmbed(self.patch_size, dim, **kw)
     self.pos_drop = nnx.Dropout(drop_rate)
 
-    self.grids = tuple((rows * 2**i, columns * 2**i) for i in reversed(range(len(depths))))
-    rates = iter(np.linspace(0, drop_path_rate, sum(depths)).tolist())
-    self.layers = nnx.List()
-    for i, (grid, heads) in enumerate(zip(self.grids, num_heads, strict=True)):
-      dim = embed_dim * 2**i
-      if dim % heads:
-        raise UserError(f"width {dim} of stage {i} does not divide into {heads} heads; change embed_dim or num_heads")
-      window = tuple(layers.fit_window(side, window_size) for side in grid)
-      blocks = []
-      for j in range(depths[i]):
-        # Windows that span the image have nowhere to move.
-        shift = tuple(w // 2 if j % 2 and w < side else 0 for w, side in zip(window, grid, strict=True))
-        blocks.append(
-          self.make_block(i, j)(
-            dim, heads, grid, window, shift, mlp_ratio, drop_rate, attn_drop_rate, next(rates), **kw
-          )
-        )
-      last = i == len(depths) - 1
-      self.layers.append(Stage(blocks, None if last else PatchMerging(dim, grid, **kw)))
-    self.norm = LayerNorm(dim, **kw)
-    self.head = Linear(dim, num_classes, **kw) if num_classes else None
+  def embed(self, images: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
+    return drop(self.pos_drop, self.patch_embed(images), rngs)
 
-  def make_block(self, stage: int, index: int):
-    """Returns what creates block `index` of `stage`; takes SwinBlock's arguments."""
+  def regions(self, stage: int, index: int) -> tuple[Grid, Grid]:
+    """Returns the window, and by how many tokens it is shifted: in every other block by half."""
+    grid = self.grids[stage]
+    window = tuple(layers.fit_window(side, self.window_size) for side in grid)
+    # Windows that span the image have nowhere to move.
+    return window, tuple(w // 2 if index % 2 and w < side else 0 for w, side in zip(window, grid, strict=True))
+
+  def make_block(self, stage: int, index: int) -> Callable[..., SwinBlock]:
     return SwinBlock
 
-  def __call__(
-    self, images: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None
-  ) -> tuple[jax.Array, Intermediates]:
-    """Classifies normalised images (B, H, W, 3).
+  def add_stage(self, stage: int, blocks: list[SwinBlock], merging: PatchMerging | None) -> None:
+    self.layers.append(Stage(blocks, merging))
 
-    Returns:
-      logits (B, num_classes), at least float32; without a head the pooled features (B, C).
-      out: `stages.{i}` (B, H / s, W / s, C_i) after the blocks of stage i, strides s = 4, 8, 16, 32;
-        `pre_logits` (B, C) the mean of the normalised tokens; the blocks' own, under `layers.{i}.blocks.{j}`.
-
-    Raises:
-      UserError: images of another size, or train=True with positive drop rates and no rngs.
-    """
-    layers.check_images(images, self.image_size)
-    rngs = layers.runtime_rngs(train, rngs, *self.drop_rates)
-    x = drop(self.pos_drop, self.patch_embed(images.astype(self.dtype)), rngs)
-    out = {}
-    for i, (grid, stage) in enumerate(zip(self.grids, self.layers, strict=True)):
-      for j, block in enumerate(stage.blocks):
-        x, inner = layers.call(block, x, rngs, remat=self.remat)
-        out |= {f"layers.{i}.blocks.{j}.{name}": value for name, value in inner.items()}
-      out[f"stages.{i}"] = x.reshape(x.shape[0], *grid, -1)
-      if stage.downsample is not None:
-        x = stage.downsample(x)
-    out["pre_logits"] = x = self.norm(x).mean(axis=1)
-    if self.head is not None:
-      x = self.head(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)), out
+  def stages(self) -> Iterator[tuple[str, Sequence[SwinBlock], PatchMerging | None]]:
+    for i, stage in enumerate(self.layers):
+      yield f"layers.{i}.blocks", stage.blocks, stage.downsample
