@@ -1,6 +1,6 @@
 """What do BOAT's two attentions, its overlap and its balanced clusters bring? The paper's ablations in small, on Swin.
 
-Run all: python main.py compare --study=boat --output=DIR
+Run all: python main.py study boat --output=DIR
 Run one: python main.py --config=configs/digits_boat.py:CELL --workdir=DIR
 CELL: image, feature, both, no_overlap, kmeans. K-means clusters have no overlap: compare them with no_overlap.
 Hardware: 2 CPU cores, less than a minute for each.

@@ -1,11 +1,10 @@
 """Does attention collapse in deep ViTs, and does re-attention keep it apart? Thin models on digits, DeepViT section 3.
 
-Run all: python main.py study --config=configs/digits_depth.py --workdir=DIR
-Run all over several seeds, 400 steps each: python main.py compare --study=depth --output=DIR
+Run all: python main.py study depth --output=DIR
 Run one: python main.py --config=configs/digits_depth.py:FAMILY,DEPTH --workdir=DIR
 FAMILY: vit, deepvit. DEPTH: number of blocks.
-Hardware: 2 CPU cores, nine minutes for the whole study. Measured test top-1, one seed: ViT 71 to 86%,
-DeepViT 95 to 97%.
+Hardware: 2 CPU cores, less than a minute for each. Measured test top-1, means of two seeds: ViT 45 to 68%, DeepViT 93
+to 95%.
 """
 
 from configs import digits
@@ -36,8 +35,9 @@ def get_config(argument: str = "deepvit,24"):
   )
   config.dataset.shift = config.dataset.scale = 0.0
   config.batch_size = 32
-  config.total_steps = 600
+  config.total_steps = 400
   config.optimizer.learning_rate = 2e-3
   config.ema_decay = 0.0
-  config.eval_every_steps = 600
+  config.log_every_steps = 100
+  config.eval_every_steps = 400
   return config

@@ -1,6 +1,6 @@
 """Which way of fusing the two branches of CrossViT learns best? The paper's Table 6 in small.
 
-Run all: python main.py compare --study=fusion --output=DIR
+Run all: python main.py study fusion --output=DIR
 Run one: python main.py --config=configs/digits_fusion.py:FUSION --workdir=DIR
 FUSION: none, all_attention, class_token, pairwise, cross_attention.
 Hardware: 2 CPU cores, about a minute for each, all-attention a little more.

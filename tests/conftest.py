@@ -13,7 +13,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
+import contextlib
 import importlib.util
+import io
 import json
 import pathlib
 
@@ -22,6 +24,8 @@ import numpy as np
 import pytest
 
 from configs import digits
+from tests.command_line import execute
+from vit_jax_ext.data.datasets import open_dataset
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROOT = GOLDEN.parent.parent
@@ -33,6 +37,16 @@ def compilation_cache(tmp_path_factory):
   folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("xla_cache")))
   jax.config.update("jax_compilation_cache_dir", folder)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture
+def run(capsys):
+  """Returns a function that runs `python main.py ARGS...` in this process: (status, stdout, stderr)."""
+
+  def call(*args):
+    return execute(*args), *capsys.readouterr()
+
+  return call
 
 
 @pytest.fixture
@@ -59,8 +73,11 @@ def golden():
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-  """A folder in which `digits` is prepared once."""
-  return str(tmp_path_factory.mktemp("data"))
+  """A folder in which `digits` is prepared."""
+  folder = str(tmp_path_factory.mktemp("data"))
+  with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells about it
+    open_dataset("digits", folder)
+  return folder
 
 
 @pytest.fixture

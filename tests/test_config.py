@@ -6,9 +6,9 @@ import ml_collections
 import pytest
 
 from configs import digits
-import main
 import vit_jax_ext as vx
 from vit_jax_ext import config as configs
+from vit_jax_ext.workdir.config import claim_workdir, default_workdir, read_workdir_config
 
 
 @pytest.fixture
@@ -52,12 +52,12 @@ def test_bad_overrides(config, assignment, words):
 
 
 def test_files(tmp_path):
-  assert configs.load_config(main.DEFAULT_CONFIG).model.name == "crossvit_tiny_224"
-  assert configs.load_config(main.DEFAULT_CONFIG + ":crossvit") == digits.get_config()
+  assert configs.load_config(configs.DEFAULT).model.name == "crossvit_tiny_224"
+  assert configs.load_config(configs.DEFAULT + ":crossvit") == digits.get_config()
   (tmp_path / "empty.py").write_text("")
   for spec, words in [
     ("configs/none.py", ["configs/none.py does not exist"]),
-    (main.DEFAULT_CONFIG + ":resnet", ["resnet", "crossvit"]),
+    (configs.DEFAULT + ":resnet", ["resnet", "crossvit"]),
     (str(tmp_path / "empty.py"), ["get_config"]),
     (configs.__file__.replace("config.py", "../README.md"), ["README.md", "no Python file"]),
   ]:
@@ -68,33 +68,33 @@ def test_files(tmp_path):
 
 def test_default_workdir_differs_by_config(monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-  assert configs.default_workdir("configs/digits.py") == "/cache/vit_jax_ext/digits"
-  assert configs.default_workdir("configs/digits.py:vit") == "/cache/vit_jax_ext/digits-vit"
+  assert default_workdir("configs/digits.py") == "/cache/vit_jax_ext/digits"
+  assert default_workdir("configs/digits.py:vit") == "/cache/vit_jax_ext/digits-vit"
 
 
 def test_workdir_keeps_its_config(config, tmp_path):
   workdir = str(tmp_path / "run")
-  configs.claim_workdir(workdir, config)
-  configs.claim_workdir(workdir, config)
-  saved = configs.read_workdir_config(workdir)
+  claim_workdir(workdir, config)
+  claim_workdir(workdir, config)
+  saved = read_workdir_config(workdir)
   assert isinstance(saved, ml_collections.ConfigDict)
   assert saved.model.overrides.embed_dim == list(config.model.overrides.embed_dim)
   configs.override(config, ["mesh.data=1", "checkpoint.every_steps=7", "log_every_steps=3"])
-  configs.claim_workdir(workdir, config)
+  claim_workdir(workdir, config)
   config.seed = 1
   with pytest.raises(vx.UserError, match=r"config.seed=0, this run has 1"):
-    configs.claim_workdir(workdir, config)
+    claim_workdir(workdir, config)
 
 
 def test_bad_workdirs(config, tmp_path):
   with pytest.raises(vx.UserError, match=r"holds no run"):
-    configs.read_workdir_config(str(tmp_path))
+    read_workdir_config(str(tmp_path))
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(vx.UserError, match="damaged"):
-    configs.read_workdir_config(str(tmp_path))
+    read_workdir_config(str(tmp_path))
   (tmp_path / "file").write_text("")
   with pytest.raises(vx.UserError, match=r"cannot be written"):
-    configs.claim_workdir(str(tmp_path / "file" / "run"), config)
+    claim_workdir(str(tmp_path / "file" / "run"), config)
   os.makedirs(tmp_path / "other" / "checkpoints")
   with pytest.raises(vx.UserError, match=r"without a config.json"):
-    configs.claim_workdir(str(tmp_path / "other"), config)
+    claim_workdir(str(tmp_path / "other"), config)

@@ -6,10 +6,11 @@ import re
 
 import pytest
 
-import main
+from tests.command_line import execute
 import vit_jax_ext as vx
 from vit_jax_ext import config as configs
 from vit_jax_ext.models import registry
+from vit_jax_ext.workdir.config import claim_workdir, read_workdir_config
 
 SIZES = ("tiny", "small", "base")
 ARGUMENTS = {
@@ -152,9 +153,9 @@ def test_learning_rate_follows_the_batch_size():
 @pytest.mark.parametrize("spec", SPECS[::6])
 def test_saved_configs_are_the_same(spec, tmp_path):
   config = load(spec, "batch_size=64")
-  configs.claim_workdir(str(tmp_path), config)
-  configs.claim_workdir(str(tmp_path), config)
-  saved = configs.read_workdir_config(str(tmp_path))
+  claim_workdir(str(tmp_path), config)
+  claim_workdir(str(tmp_path), config)
+  saved = read_workdir_config(str(tmp_path))
   assert json.loads(saved.to_json()) == json.loads(config.to_json_best_effort())
   assert saved.optimizer.learning_rate == config.optimizer.learning_rate
 
@@ -174,7 +175,7 @@ def test_smoke_shrinks_the_run(spec):
 @pytest.mark.parametrize("spec", SPECS)
 def test_smoke(spec, tmp_path):
   """Two steps and an evaluation on synthetic images."""
-  main.run(*main.parse_args([f"--config={spec}", f"--workdir={tmp_path}", "--config.smoke=True"]))
+  assert execute(f"--config={spec}", f"--workdir={tmp_path}", "--config.smoke=True") == 0
   rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [row["step"] for row in rows] == [1, 2, 2]
   assert {"eval/loss", "eval/top1", "eval/top5", "eval/ece"} <= rows[-1].keys()

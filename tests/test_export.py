@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import sys
 
 from flax import nnx
 import jax
 import numpy as np
 import pytest
 
-import main
 import vit_jax_ext as vx
 from vit_jax_ext import export as exporting
 from vit_jax_ext.models import registry
@@ -23,17 +21,6 @@ SMALL = {
 }
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-  """Returns a function that runs `python main.py export ARGS...` in this process: (status, stdout, stderr)."""
-
-  def call(*args):
-    monkeypatch.setattr(sys, "argv", ["main.py", "export", *map(str, args)])
-    return main.main(), *capsys.readouterr()
-
-  return call
-
-
 def sizes(overrides):
   return [f"--config.model.overrides.{key}={value}" for key, value in overrides.items()]
 
@@ -43,8 +30,8 @@ def test_each_family(run, name, tmp_path):
   """The program, in a JAX that knows nothing of us, gives the model's logits for any number of images."""
   model = vx.create_model(name, num_classes=5, rngs=nnx.Rngs(1), **SMALL[name])
   vx.save_pretrained(model, tmp_path / "weights.pth")
-  status, out, err = run(f"--model={name}", f"--config.pretrained={tmp_path / 'weights.pth'}", *sizes(SMALL[name]),
-                         f"--output={tmp_path / 'x'}")  # fmt: skip
+  source = f"--config.pretrained={tmp_path / 'weights.pth'}"
+  status, out, err = run("export", f"--model={name}", source, *sizes(SMALL[name]), f"--output={tmp_path / 'x'}")
   assert (status, err) == (0, "")
   facts = json.loads((tmp_path / "x" / f"{name}.json").read_text())
   side = SMALL[name]["image_size"]
@@ -64,12 +51,12 @@ def test_each_family(run, name, tmp_path):
 def test_a_run(run, tiny_config, tmp_path):
   tiny_config.total_steps, tiny_config.eval_every_steps, tiny_config.optimizer.warmup_steps = 2, 2, 1
   train(tiny_config, str(tmp_path / "run"))
-  status, out, _ = run(f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'x'}")
+  status, out, _ = run("export", f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'x'}")
   assert status == 0 and "step 2, ema" in out
   facts = json.loads((tmp_path / "x" / "crossvit_tiny_224.json").read_text())
   assert facts["output"]["shape"] == ["batch", 10]
   assert "central 1;" in facts["preparation"]
-  status, _, err = run(f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'x'}")
+  status, _, err = run("export", f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'x'}")
   assert status == 2 and "exists and is not overwritten" in err
 
 
@@ -80,7 +67,7 @@ def test_files_that_do_not_belong_together_are_found_out(run, tmp_path):
     weights = tmp_path / f"{folder}.safetensors"
     vx.save_pretrained(model, weights)
     place = f"--output={tmp_path / folder}"
-    assert run(f"--model={name}", f"--config.pretrained={weights}", *sizes(overrides), place)[0] == 0
+    assert run("export", f"--model={name}", f"--config.pretrained={weights}", *sizes(overrides), place)[0] == 0
   shutil.copy(tmp_path / "b" / f"{name}.safetensors", tmp_path / "a")
   with pytest.raises(RuntimeError, match="do not use them"):
     exporting.compare_logits(
@@ -103,7 +90,7 @@ def test_files_that_do_not_belong_together_are_found_out(run, tmp_path):
 )
 def test_mistakes(run, args, words, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  status, out, err = run(*args)
+  status, out, err = run("export", *args)
   assert (status, out, err.count("\n")) == (2, "", 1), err
   assert words in err
   assert not list(tmp_path.iterdir())

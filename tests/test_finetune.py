@@ -1,7 +1,6 @@
 """What a user does with weights: convert, evaluate, analyze and fine-tune, on the command line."""
 
 import json
-import sys
 
 from flax import nnx
 import jax
@@ -12,11 +11,11 @@ import safetensors.numpy
 import torch
 
 from configs import finetune
-import main
+from tests.command_line import execute
 import vit_jax_ext as vx
-from vit_jax_ext import config as configs
 from vit_jax_ext.models import registry
 from vit_jax_ext.workdir import checkpoint
+from vit_jax_ext.workdir.config import read_workdir_config
 
 SIZES = [
   "--config.model.overrides.image_size=8", "--config.model.overrides.patch_size=4", "--config.model.overrides.depth=2",
@@ -33,24 +32,12 @@ SMALL = {
 }
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-  """Returns a function that runs `python main.py ARGS...` in this process: (status, stdout, stderr)."""
-
-  def call(*args):
-    monkeypatch.setattr(sys, "argv", ["main.py", *map(str, args)])
-    status = main.main()
-    return status, *capsys.readouterr()
-
-  return call
-
-
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, data_dir):
   """A small ViT, a few steps on digits."""
   path = tmp_path_factory.mktemp("vit")
   args = [f"--workdir={path}", "--config=configs/digits.py:vit", f"--config.dataset.data_dir={data_dir}", *SIZES]
-  main.run(*main.parse_args([*args, "--config.total_steps=60", "--config.eval_every_steps=60"]))
+  assert execute(*args, "--config.total_steps=60", "--config.eval_every_steps=60") == 0
   return path
 
 
@@ -96,7 +83,7 @@ def test_a_runs_weights_in_and_out(run, workdir, tmp_path):
   assert run("convert", f"--workdir={workdir}", tmp_path / "x.safetensors")[0] == 0
   assert run("evaluate", f"--workdir={workdir}", f"--output={tmp_path / 'run'}")[0] == 0
   place = ["--config=configs/digits.py:vit", *SIZES]
-  data_dir = configs.read_workdir_config(str(workdir)).dataset.data_dir
+  data_dir = read_workdir_config(str(workdir)).dataset.data_dir
   for source in (tmp_path / "x.safetensors", workdir, workdir / "checkpoints" / "60"):
     status, out, _ = run("evaluate", *place, f"--config.dataset.data_dir={data_dir}", f"--config.pretrained={source}",
                          f"--output={tmp_path / 'file'}")  # fmt: skip
@@ -141,7 +128,7 @@ def test_linear_probe_on_a_folder_at_another_resolution(run, workdir, folder, tm
   rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   assert rows[-1]["eval/top1"] == 1.0  # light and dark, to random features
 
-  config = configs.read_workdir_config(str(tmp_path / "run"))
+  config = read_workdir_config(str(tmp_path / "run"))
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   model = registry.abstract_model(config.model, 2)
   _, tuned = checkpoint.restore_weights(str(tmp_path / "run"), model, here, ema=False)
@@ -155,7 +142,7 @@ def test_linear_probe_on_a_folder_at_another_resolution(run, workdir, folder, tm
 
 def test_fine_tuning_starts_from_the_weights(run, workdir, tmp_path):
   """On the digits that they know they begin where they left off."""
-  data_dir = configs.read_workdir_config(str(workdir)).dataset.data_dir
+  data_dir = read_workdir_config(str(workdir)).dataset.data_dir
   status, *_ = run(
     "--config=configs/finetune.py:vit_16b,digits", f"--workdir={tmp_path}", f"--config.dataset.data_dir={data_dir}",
     *SIZES, "--config.model.overrides.mlp_ratio=2", f"--config.pretrained={workdir}", "--config.total_steps=3",

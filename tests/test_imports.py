@@ -1,6 +1,7 @@
-"""The arrows of the design: who may import whom."""
+"""The arrows of the house: who may import whom."""
 
 import ast
+import itertools
 import pathlib
 import subprocess
 import sys
@@ -8,11 +9,41 @@ import sys
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "vit_jax_ext"
-FAMILIES = {f"models.{name}" for name in ("vit", "deepvit", "crossvit", "swin", "cswin", "boat")}
 HEAVY = {"tensorflow", "tensorflow_datasets", "clu"}
+
+# Rooms and files from the top of the house to the bottom. Each imports from rows below its own alone; files of a room
+# of which the table names none may import each other.
+HOUSE = """
+commands
+studies.run
+studies.study
+attention.measure  attention.clusters   compare.comparison   plan
+attention.similarity  attention.figures  compare.report  compare.benchmark
+compare.charts  compare.results  compare.runs  compare.cost
+training.train  training.doctor  training.predict  export
+training.evaluate
+training.experiment
+training.train_step  training.mixup  training.faults  training.partition  training.distributed
+training.losses  training.sharding
+training.optimizer
+pretrained
+weight_files
+workdir.checkpoint  workdir.writers
+workdir.config  workdir.metrics  workdir.digests  workdir.disk
+data
+models.registry
+models.boat
+models.vit  models.deepvit  models.crossvit  models.swin  models.cswin
+models.isotropic  models.pyramid
+models.layers  models.functional
+config  console  files
+errors
+"""
+ROW = {name: number for number, row in enumerate(HOUSE.strip().splitlines()) for name in row.split()}
 
 
 def imports(path: pathlib.Path) -> set[str]:
+  """Returns the names of the modules that a file imports, and of what it imports from them."""
   found = set()
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
@@ -27,33 +58,69 @@ def modules() -> dict[str, set[str]]:
   for path in PACKAGE.rglob("*.py"):
     name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
     result[name] = imports(path)
+  del result["__init__"]  # the package's face
   return result
 
 
 MODULES = modules()
 
 
+def place(name: str) -> str | None:
+  """Returns the entry of the table that a module is or lies in; None for the docstring of a room that it divides."""
+  return next((entry for entry in (name, name.partition(".")[0]) if entry in ROW), None)
+
+
 def ours(name: str) -> set[str]:
-  return {other.removeprefix("vit_jax_ext.") for other in MODULES[name] if other.startswith("vit_jax_ext.")}
+  return {other.removeprefix("vit_jax_ext.") for other in MODULES[name]} & MODULES.keys()
+
+
+def test_the_table_names_what_there_is():
+  assert {entry for entry in ROW if entry not in MODULES} == set()
+  for name in MODULES:
+    rooms = {entry.partition(".")[0] for entry in ROW}
+    assert place(name) or name in rooms, f"{name} has no place in the table"
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_arrows(name):
-  allowed_families = {"models.boat": {"models.swin", "models.cswin"}, "models.registry": FAMILIES}
-  if name in FAMILIES | {"models.registry", "models.layers"}:
-    assert ours(name) & FAMILIES <= allowed_families.get(name, set())
-    assert not {other for other in ours(name) if other.split(".")[0] in ("data", "training", "analysis", "pretrained")}
-    assert "ml_collections" not in MODULES[name]
-  if not name.startswith("analysis"):
-    assert not {other for other in ours(name) if other.startswith("analysis")}
-  if not name.startswith(("training", "analysis")):  # our own checkpoints are a source of weights like any other
-    allowed = {"training", "training.checkpoint"} if name == "pretrained" else set()
-    allowed |= {"training", "training.train_step"} if name == "export" else set()
-    assert {other for other in ours(name) if other.startswith("training")} <= allowed
-  if not name.startswith("data"):
-    assert not {other for other in MODULES[name] if other.split(".")[0] == "tensorflow"}
-  if name != "training.checkpoint":
-    assert not {other for other in MODULES[name] if other.split(".")[0] == "orbax"}
+  here = place(name)
+  for other in ours(name):
+    there = place(other)
+    assert here == there or there is None or (here and ROW[here] < ROW[there]), f"{name} imports {other}"
+
+
+def test_arrows_are_seen():
+  """The table and the reading of imports find each other."""
+  arrows = {(place(name), place(other)) for name in MODULES for other in ours(name)}
+  assert {("models.boat", "models.swin"), ("pretrained", "workdir.checkpoint"), ("commands", "export")} <= arrows
+  assert len(arrows) > 100
+
+
+@pytest.mark.parametrize(
+  ("library", "rooms"),
+  [
+    ("tensorflow", {"data"}),
+    ("tensorflow_datasets", {"data"}),
+    ("orbax", {"workdir"}),
+    ("clu", {"workdir", "training"}),
+    ("argparse", {"commands", "weight_files"}),  # checkpoints of timm hold its namespaces
+  ],
+)
+def test_libraries_have_their_rooms(library, rooms):
+  users = {name.partition(".")[0] for name, found in MODULES.items() if library in {f.partition(".")[0] for f in found}}
+  assert users <= rooms
+
+
+def test_commands_alone_print():
+  """Rooms below return what they found, and log."""
+  printing = {
+    path.relative_to(PACKAGE).parts[0]
+    for path in PACKAGE.rglob("*.py")
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+  }
+  assert printing == {"commands"}
+  assert {name.partition(".")[0] for name in MODULES if "rich.table" in MODULES[name]} == {"commands"}
 
 
 def test_configs_do_not_import_the_package():
@@ -61,7 +128,7 @@ def test_configs_do_not_import_the_package():
     assert not {name for name in imports(path) if name.startswith("vit_jax_ext")}, path
 
 
-@pytest.mark.parametrize("module", ["vit_jax_ext", "vit_jax_ext.training.train_step"])
+@pytest.mark.parametrize("module", ["vit_jax_ext.models.registry", "vit_jax_ext.training.train_step"])
 def test_models_and_train_step_need_no_tensorflow(module):
   code = f"import sys, {module}; print(*sorted({HEAVY!r} & set(sys.modules)))"
   result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
@@ -71,5 +138,32 @@ def test_models_and_train_step_need_no_tensorflow(module):
 
 def test_loading_weights_needs_no_tensorflow():
   absent = ["tensorflow", "clu", "requests", "ml_collections"]
-  code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import vit_jax_ext"
+  code = f"import sys; sys.modules.update(dict.fromkeys({absent})); from vit_jax_ext import load_pretrained"
   subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_the_face():
+  code = """if True:
+    import sys
+    import vit_jax_ext as vx
+    assert "jax" not in sys.modules
+    vx.create_model, vx.list_models()[0]
+    from vit_jax_ext import *
+    LoadReport, load_pretrained
+  """
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+  face = ast.literal_eval(
+    next(node.value for node in ast.parse((PACKAGE / "__init__.py").read_text()).body
+         if isinstance(node, ast.Assign) and node.targets[0].id == "_HOMES")
+  )  # fmt: skip
+  import vit_jax_ext
+
+  assert list(face) == vit_jax_ext.__all__
+  with pytest.raises(AttributeError, match="creat_model"):
+    vit_jax_ext.creat_model  # noqa: B018
+
+
+def test_no_room_is_entered_twice():
+  """The table has one row for each name."""
+  names = list(itertools.chain.from_iterable(row.split() for row in HOUSE.splitlines()))
+  assert len(names) == len(set(names))

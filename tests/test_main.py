@@ -14,11 +14,12 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 import main
-from vit_jax_ext import config as configs
+from tests.command_line import execute
 from vit_jax_ext.compare import cost
 from vit_jax_ext.models import registry
 from vit_jax_ext.training import sharding
 from vit_jax_ext.workdir import checkpoint
+from vit_jax_ext.workdir.config import read_workdir_config
 
 TINY = [
   "--config.model.overrides.image_size=8", "--config.model.overrides.patch_size=(2,4)",
@@ -29,27 +30,11 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-  """Returns a function that runs `python main.py ARGS...` in this process: (status, stdout, stderr)."""
-
-  def call(*args):
-    monkeypatch.setattr(sys, "argv", ["main.py", *map(str, args)])
-    try:
-      status = main.main()
-    except SystemExit as exit:
-      status = exit.code
-    return status, *capsys.readouterr()
-
-  return call
-
-
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, data_dir):
   """A finished tiny run."""
   path = tmp_path_factory.mktemp("cli")
-  args = main.parse_args([f"--workdir={path}", f"--config.dataset.data_dir={data_dir}", *TINY])
-  main.run(*args)
+  assert execute(f"--workdir={path}", f"--config.dataset.data_dir={data_dir}", *TINY) == 0
   return path
 
 
@@ -115,15 +100,15 @@ def test_table_6_is_printed(run, tmp_path):
     (["evaluate"], ["holds no run"]),
     (["predict", "image.png"], ["holds no run"]),
     (["compare", "--models=resnet50"], ["resnet50"]),
-    (["compare", "--config.model.overrides.depth=2"], ["overrides.depth=2", "--study"]),
-    (["fly"], ["fly"]),
+    (["compare", "--config.model.overrides.depth=2"], ["overrides.depth=2", "leave it out"]),
+    (["fly"], ["fly", "analyze, collectives"]),
+    (["trian"], ["'trian'", "did you mean train?"]),
+    (["studies", "all"], ["'studies'", "did you mean study?"]),
     (["--steps=3"], ["--steps=3"]),
   ],
 )
 def test_mistakes_end_with_one_line_and_status_2(run, args, words, tmp_path, data_dir):
-  place = [] if "compare" in args or "fly" in args else [f"--workdir={tmp_path / 'run'}"]
-  if not any(arg.startswith("--config.dataset") for arg in args) and "compare" not in args:
-    place.append(f"--config.dataset.data_dir={data_dir}")
+  place = [] if "compare" in args else [f"--workdir={tmp_path / 'run'}", f"--config.dataset.data_dir={data_dir}"]
   status, out, err = run(*args, *place)
   assert status == 2
   assert out == ""
@@ -182,7 +167,7 @@ def test_killed_run_continues_bitwise(workdir, tmp_path, data_dir):
 
   assert len(numbers(workdir)) == 12
   assert numbers(tmp_path) == numbers(workdir)
-  model = registry.abstract_model(configs.read_workdir_config(workdir).model, 10)
+  model = registry.abstract_model(read_workdir_config(workdir).model, 10)
   everywhere = sharding.replicated(sharding.make_mesh(dict(data=-1, fsdp=1, model=1)))
   for ema in (False, True):
     a, b = (checkpoint.restore_weights(str(path), model, everywhere, ema=ema) for path in (workdir, tmp_path))

@@ -1,7 +1,31 @@
 """vit_jax_ext: CrossViT, DeepViT and BOAT in JAX and Flax NNX, with what they are compared with."""
 
-from vit_jax_ext.errors import UserError
-from vit_jax_ext.models.registry import create_model, list_models
-from vit_jax_ext.pretrained import LoadReport, load_pretrained, save_pretrained
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from vit_jax_ext.errors import UserError
+  from vit_jax_ext.models.registry import create_model, list_models
+  from vit_jax_ext.pretrained import LoadReport, load_pretrained, save_pretrained
 
 __all__ = ["LoadReport", "UserError", "create_model", "list_models", "load_pretrained", "save_pretrained"]
+
+# Imported when asked for: `python main.py --help` shall not wait for JAX.
+_HOMES = {
+  "LoadReport": "pretrained",
+  "UserError": "errors",
+  "create_model": "models.registry",
+  "list_models": "models.registry",
+  "load_pretrained": "pretrained",
+  "save_pretrained": "pretrained",
+}
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _HOMES:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *__all__})

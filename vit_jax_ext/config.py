@@ -1,10 +1,9 @@
-"""Experiment configs: from a file and the command line into a run, and back out of a workdir."""
+"""Experiment configs: from a file and the command line into a run."""
 
 import ast
 from collections.abc import Mapping, Sequence
 import difflib
 import importlib.util
-import json
 import os
 import pathlib
 import types
@@ -13,9 +12,8 @@ import ml_collections
 
 from vit_jax_ext.errors import UserError
 
-# What may differ when a run is continued: it changes where and how often, not what is computed.
-FREE_KEYS = ("mesh", "checkpoint", "log_every_steps", "eval_every_steps", "dataset.data_dir",
-             "skip_nonfinite")  # fmt: skip
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+DEFAULT = str(CONFIGS / "digits.py")
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
@@ -106,83 +104,14 @@ def override(config: ml_collections.ConfigDict, assignments: Sequence[str]) -> N
 
 
 def _unknown_key(config: ml_collections.ConfigDict, key: str) -> UserError:
-  known = list(_flatten(config.to_dict()))
+  known = list(flatten(config.to_dict()))
   nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)
   return UserError(f"config key {key!r} is unknown; did you mean {', '.join(nearest)}?")
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict:
+def flatten(tree: dict, prefix: str = "") -> dict:
+  """Returns the values of a tree of dicts by their keys, joined with dots."""
   flat = {}
   for key, value in tree.items():
-    flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
   return flat
-
-
-def default_workdir(spec: str) -> str:
-  """Returns the fixed folder of a config under the user's cache."""
-  cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-  path, _, argument = spec.partition(":")
-  name = pathlib.Path(path).stem + (f"-{argument}" if argument else "")
-  return os.path.join(cache, "vit_jax_ext", name.replace(os.sep, "_"))
-
-
-def read_workdir_config(workdir: str) -> ml_collections.ConfigDict:
-  """Returns the config that a run saved.
-
-  Raises:
-    UserError: the folder holds none, or it is damaged.
-  """
-  path = os.path.join(workdir, "config.json")
-  try:
-    with open(path) as file:
-      return ml_collections.ConfigDict(json.load(file))
-  except FileNotFoundError:
-    raise UserError(
-      f"workdir {workdir} holds no run (config.json is missing); train one with --workdir={workdir}"
-    ) from None
-  except ValueError as error:
-    raise UserError(f"{path} is damaged ({error}); restore it, or train anew in another workdir") from None
-
-
-def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
-  """Saves the config of a new run, or checks that the run in `workdir` is the same one.
-
-  Raises:
-    UserError: the folder cannot be written, belongs to another config, or holds something else.
-  """
-  check_workdir(workdir, config)
-  path = os.path.join(workdir, "config.json")
-  if os.path.exists(path):
-    return
-  try:
-    os.makedirs(workdir, exist_ok=True)
-    with open(path + ".tmp", "w") as file:
-      json.dump(json.loads(config.to_json_best_effort()), file, indent=2)
-    os.replace(path + ".tmp", path)
-  except OSError as error:
-    raise UserError(f"workdir {workdir} cannot be written: {error.strerror}; choose another --workdir") from None
-
-
-def check_workdir(workdir: str, config: ml_collections.ConfigDict, option: str = "workdir") -> None:
-  """Checks that a run in `workdir`, if there is one, has this config.
-
-  Args:
-    workdir: the run's.
-    config: the config of the run that shall be continued.
-    option: of the command line, on which the folder depends.
-
-  Raises:
-    UserError: it has another one, or the folder holds something else.
-  """
-  if not os.path.exists(os.path.join(workdir, "config.json")):
-    if os.path.exists(os.path.join(workdir, "checkpoints")):
-      raise UserError(f"workdir {workdir} holds checkpoints without a config.json; choose another --{option}")
-    return
-  new = json.loads(config.to_json_best_effort())
-  old, new = _flatten(read_workdir_config(workdir).to_dict()), _flatten(new)
-  for key in sorted(old):  # a key that did not exist then has its default now, which changes nothing
-    if not key.startswith(FREE_KEYS) and old.get(key) != new.get(key):
-      raise UserError(
-        f"workdir {workdir} was made with config.{key}={old.get(key)}, this run has {new.get(key)}; "
-        f"choose another --{option}, or the config that made it"
-      )

@@ -16,7 +16,11 @@ class RunError(RuntimeError):
   status = 1
 
 
-class Preempted(RunError):
-  """The machine is about to be taken away. All is saved, and the same command continues."""
+class Stopped(RunError):
+  """Somebody wanted the command to end. Nothing is wrong, and the same command continues."""
+
+
+class Preempted(Stopped):
+  """The machine is about to be taken away. All is saved."""
 
   status = 75  # EX_TEMPFAIL of sysexits.h: try again

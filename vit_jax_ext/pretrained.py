@@ -145,6 +145,11 @@ def read_source(source: Source, variant: str) -> tuple[dict[str, np.ndarray], st
   return _from_timm({name: np.asarray(array) for name, array in weights.items()}), where
 
 
+def count_classes(weights: Mapping[str, np.ndarray]) -> int:
+  """Returns the number of classes of weights under the authors' names; 0 without a classifier."""
+  return len(weights.get("head.bias", weights.get("head.0.bias", ())))  # CrossViT has two
+
+
 def _misfit(variant: str, where: str, missing: list[str], unknown: list[str], misfits: list[str]) -> str:
   complaints = []
   if missing:
@@ -228,6 +233,33 @@ def _module(model: nnx.Module, path: tuple) -> Any:
   for part in path:
     model = model[part] if isinstance(part, int) else getattr(model, part)
   return model
+
+
+def convert(source: Source, target: str | os.PathLike, spec: Mapping[str, Any], num_classes: int | None) -> LoadReport:
+  """Loads weights and writes them under the authors' names and in their layouts.
+
+  Args:
+    source: see `load_pretrained`.
+    target: see `save_pretrained`.
+    spec: `name` and `overrides` of the model, as in config.model.
+    num_classes: None for what the weights have.
+
+  Returns:
+    What happened to every array.
+
+  Raises:
+    UserError: what `load_pretrained` and `save_pretrained` refuse.
+  """
+  registry.get_variant(spec["name"])
+  weights, where = read_source(source, spec["name"])
+  saved_classes = count_classes(weights)
+  if num_classes in (None, saved_classes):
+    model = registry.abstract_model(spec, saved_classes)
+  else:  # a new classifier needs initial values
+    model = registry.create_model(spec["name"], num_classes=num_classes, rngs=nnx.Rngs(0), **spec["overrides"])
+  report = dataclasses.replace(load_pretrained(model, weights), source=where)
+  save_pretrained(model, target)
+  return report
 
 
 def save_pretrained(model: nnx.Module, path: str | os.PathLike) -> None:

@@ -1,14 +1,12 @@
 """`analyze --clusters`: what it draws and refuses."""
 
-import pathlib
-import sys
-
 import numpy as np
 from PIL import Image
 import pytest
 
-import main
+from tests.command_line import execute
 from vit_jax_ext.attention import clusters
+from vit_jax_ext.config import CONFIGS
 
 SMALL = ["--config.model.overrides.image_size=(16,32)", "--config.model.overrides.embed_dim=8",
          "--config.model.overrides.cluster_size=4", "--config.model.overrides.overlap=1"]  # fmt: skip
@@ -26,14 +24,9 @@ def image(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def analyze(run, tmp_path):
   """Returns a function: arguments of `analyze` -> (status, stdout, stderr); writes into tmp_path."""
-
-  def call(*args):
-    monkeypatch.setattr(sys, "argv", ["main.py", "analyze", f"--output={tmp_path}", *map(str, args)])
-    return main.main(), *capsys.readouterr()
-
-  return call
+  return lambda *args: run("analyze", f"--output={tmp_path}", *args)
 
 
 @pytest.fixture
@@ -50,8 +43,8 @@ def drawn(monkeypatch):
   return shown
 
 
-def test_draws_windows_and_clusters(run, image, drawn, tmp_path):
-  status, out, _ = run("--clusters", image, "--heads=1,0", *SWIN)
+def test_draws_windows_and_clusters(analyze, image, drawn, tmp_path):
+  status, out, _ = analyze("--clusters", image, "--heads=1,0", *SWIN)
   assert status == 0
   assert out == f"wrote {tmp_path}/clusters.png\n"
   assert Image.open(tmp_path / "clusters.png").width > 1000
@@ -63,22 +56,21 @@ def test_draws_windows_and_clusters(run, image, drawn, tmp_path):
     np.testing.assert_array_equal(np.bincount(labels.ravel()), [4] * 8)
 
 
-def test_stripes_of_half_of_the_heads(run, image, drawn):
-  status, _, _ = run("--clusters", image, "--block=stage1.0", "--heads=0", *CSWIN)
+def test_stripes_of_half_of_the_heads(analyze, image, drawn):
+  status, _, _ = analyze("--clusters", image, "--block=stage1.0", "--heads=0", *CSWIN)
   assert status == 0
   assert list(drawn) == ["4 columns, half of the heads", "2 rows, half of the heads", "head 0, 8 clusters"]
   np.testing.assert_array_equal(drawn["2 rows, half of the heads"][:, 0], [0, 0, 1, 1])
 
 
-def test_weights_of_a_run(run, image, drawn, data_dir, tmp_path):
+def test_weights_of_a_run(analyze, image, drawn, data_dir, tmp_path):
   workdir = tmp_path / "run"
-  digits = pathlib.Path(main.__file__).parent / "configs" / "digits.py"
   small = [argument.replace("(16,32)", "16") for argument in SWIN]
-  main.run(
-    *main.parse_args([f"--config={digits}:boat_swin", f"--workdir={workdir}", f"--config.dataset.data_dir={data_dir}",
-                      "--config.total_steps=1", "--config.optimizer.warmup_steps=0", *small])
-  )  # fmt: skip
-  status, _, _ = run("--clusters", image, f"--workdir={workdir}")
+  assert execute(
+    f"--config={CONFIGS / 'digits.py'}:boat_swin", f"--workdir={workdir}", f"--config.dataset.data_dir={data_dir}",
+    "--config.total_steps=1", "--config.optimizer.warmup_steps=0", *small,
+  ) == 0  # fmt: skip
+  status, _, _ = analyze("--clusters", image, f"--workdir={workdir}")
   assert status == 0
   assert list(drawn) == ["one window", "head 0, 4 clusters", "head 1, 4 clusters"]
 
@@ -96,18 +88,18 @@ def test_weights_of_a_run(run, image, drawn, data_dir, tmp_path):
     (["--workdir=nowhere"], ["nowhere", "holds no run"]),
   ],
 )
-def test_bad_input(run, image, args, words):
-  status, _, err = run("--clusters", image, *args)
+def test_bad_input(analyze, image, args, words):
+  status, _, err = analyze("--clusters", image, *args)
   assert status == 2
   assert err.count("\n") == 1
   assert all(word in err for word in words)
 
 
 @pytest.mark.parametrize(("content", "words"), [(None, "does not exist"), (b"text", "cannot be decoded")])
-def test_unreadable_images(run, tmp_path, content, words):
+def test_unreadable_images(analyze, tmp_path, content, words):
   path = tmp_path / "picture.png"
   if content:
     path.write_bytes(content)
-  status, _, err = run("--clusters", path, *SWIN)
+  status, _, err = analyze("--clusters", path, *SWIN)
   assert status == 2
   assert words in err

@@ -18,8 +18,8 @@ import tensorflow as tf
 from configs import boat
 from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.models import registry
+from vit_jax_ext.models.functional import normalize
 from vit_jax_ext.training import mixup
-from vit_jax_ext.training.train_step import normalize
 
 SIZE, COLUMNS = 160, 8
 

@@ -7,7 +7,6 @@ import json
 import pathlib
 import re
 import shutil
-import sys
 
 from flax import nnx
 import jax
@@ -15,7 +14,7 @@ import playwright.sync_api
 import pytest
 
 from configs import digits
-import main
+from tests.command_line import execute
 from vit_jax_ext.compare import benchmark, charts, report
 from vit_jax_ext.compare.cost import count_params
 from vit_jax_ext.console import Countdown
@@ -23,6 +22,7 @@ from vit_jax_ext.models import registry
 from vit_jax_ext.training.train import train
 
 TINY = dict(embed_dim=16, num_heads=2)
+ROOT = pathlib.Path(__file__).parents[2]
 NAMES = ("tiny_vit", "tiny_deepvit")
 
 
@@ -41,9 +41,7 @@ def tiny_variants():
 
 
 def run(*args):
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sys, "argv", ["main.py", "compare", *map(str, args)])
-    return main.main()
+  return execute("compare", *args)
 
 
 def read_csv(folder):
@@ -64,7 +62,7 @@ def workdir(tmp_path_factory, data_dir):
   (path / "analysis").mkdir()
   similarity = {"similarity": {"1": [0.5]}, "threshold": 0.8, "blocks": 2, "similar_blocks": 0}
   (path / "analysis" / "similarity.json").write_text(json.dumps(similarity))
-  shutil.copy(pathlib.Path(main.__file__).parent / "docs" / "clusters.png", path / "analysis")
+  shutil.copy(ROOT / "docs" / "clusters.png", path / "analysis")
   return path
 
 

@@ -11,7 +11,7 @@ import pytest
 from configs import digits
 import main
 import vit_jax_ext as vx
-from vit_jax_ext.plan.collectives import Collective, collectives, report, simulate_devices
+from vit_jax_ext.plan.collectives import Collective, collectives, measure, simulate_devices
 
 # A loop of 3 rounds with a loop of 5 in it; a branch; types of 1, 2, 4 and 8 bytes.
 PROGRAM = """HloModule example, is_scheduled=true
@@ -72,7 +72,7 @@ def config():
 
 def moved(config, **mesh):
   config.mesh.update(mesh)
-  result = report(config, 10, None)
+  result = measure(config, 10)
   return result, {kind: row["bytes"] for kind, row in result["collectives"].items()}
 
 

@@ -1,19 +1,21 @@
-"""The studies of the compare command: their numbers, their cells, how they continue and what they refuse."""
+"""Studies: their numbers, their cells, how they continue and what they refuse."""
 
+import base64
 import json
 import pathlib
 import shutil
-import sys
 
 import numpy as np
 import pytest
 
-import main
+from tests.command_line import execute
 from vit_jax_ext import config as configs
+from vit_jax_ext.attention import measure
 from vit_jax_ext.compare import report
 from vit_jax_ext.compare.cost import TABLE_6
 from vit_jax_ext.console import Countdown
 from vit_jax_ext.models import registry
+from vit_jax_ext.studies import run as running
 from vit_jax_ext.studies import study as studies
 
 FILE = '''"""Does a second block help?"""
@@ -33,12 +35,6 @@ def get_config(argument):
 RUNS = [f"vit_{blocks}/seed_{seed}" for seed in (0, 1) for blocks in (1, 2)]
 
 
-def run(*args):
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sys, "argv", ["main.py", "compare", *map(str, args)])
-    return main.main()
-
-
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
   path = tmp_path_factory.mktemp("file") / "tiny.py"
@@ -48,21 +44,21 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def argv(file, data_dir):
-  return f"--study={file}", "--seeds=2", f"--config.dataset.data_dir={data_dir}"
+  return "study", str(file), "--seeds=2", f"--config.dataset.data_dir={data_dir}"
 
 
 @pytest.fixture(scope="module")
 def output(argv, tmp_path_factory):
   """The folder of a study that has run undisturbed."""
   folder = tmp_path_factory.mktemp("output")
-  assert run(*argv, f"--output={folder}") == 0
+  assert execute(*argv, f"--output={folder}") == 0
   return folder
 
 
 @pytest.fixture
 def steps(monkeypatch):
   """Steps as they are made, and their largest number, after which the user interrupts."""
-  made, made_at_most, original = [], [None], studies._Bar.step
+  made, made_at_most, original = [], [None], running._Bar.step
 
   def step(self, step):
     made.append(step)
@@ -70,7 +66,7 @@ def steps(monkeypatch):
     if len(made) == made_at_most[0]:
       raise KeyboardInterrupt
 
-  monkeypatch.setattr(studies._Bar, "step", step)
+  monkeypatch.setattr(running._Bar, "step", step)
   return made, made_at_most
 
 
@@ -123,9 +119,9 @@ def test_the_page_shows_them(output):
 
 def test_a_finished_study_is_only_read(argv, output, monkeypatch, capsys):
   before, content = files(output), table(output)
-  monkeypatch.setattr(studies, "train", lambda *args: pytest.fail("trained again"))
-  monkeypatch.setattr(studies, "measure", lambda *args, **kw: pytest.fail("measured again"))
-  assert run(*argv, f"--output={output}") == 0
+  monkeypatch.setattr(running, "train", lambda *args: pytest.fail("trained again"))
+  monkeypatch.setattr(measure, "measure", lambda *args, **kw: pytest.fail("measured again"))
+  assert execute(*argv, f"--output={output}") == 0
   assert files(output) == before and table(output) == content
   out = capsys.readouterr().out
   assert "two blocks" in out and f"wrote {output}/studies/tiny.json" in out and f"wrote {output}/report.html" in out
@@ -141,7 +137,7 @@ def test_an_interrupted_study_goes_on(argv, output, steps, tmp_path, monkeypatch
   monkeypatch.setattr(Countdown, "__exit__", leave_and_tell)
   made, at_most = steps
   at_most[0] = 7  # in the second run, after its checkpoint
-  assert run(*argv, f"--output={tmp_path}") == 1
+  assert execute(*argv, f"--output={tmp_path}") == 1
   assert "the same command continues" in capsys.readouterr().err
   content = table(tmp_path)
   assert content["text"].endswith("Not finished: 1 of 4 runs are in.")
@@ -151,7 +147,7 @@ def test_an_interrupted_study_goes_on(argv, output, steps, tmp_path, monkeypatch
 
   made.clear()
   at_most[0] = None
-  assert run(*argv, f"--output={tmp_path}") == 0
+  assert execute(*argv, f"--output={tmp_path}") == 0
   assert made == [3, 4, *[1, 2, 3, 4] * 2]
   assert {path: value for path, value in files(tmp_path).items() if RUNS[0] in str(path)} == first
   for name in RUNS:
@@ -168,14 +164,14 @@ def test_killed_before_the_last_checkpoint_or_the_analysis(argv, output, steps, 
   run_0, run_1 = (tmp_path / "studies" / "tiny" / name for name in RUNS[:2])
   shutil.rmtree(run_0 / "checkpoints" / "4")
   (run_1 / "analysis" / "similarity.json").unlink()
-  assert run(*argv, f"--output={tmp_path}") == 0
+  assert execute(*argv, f"--output={tmp_path}") == 0
   assert steps[0] == [3, 4]
   assert [row[:5] for row in table(tmp_path)["rows"]] == [row[:5] for row in table(output)["rows"]]
 
 
 def test_runs_of_another_config_are_refused(argv, output, capsys):
   before = files(output)
-  assert run(*argv, "--config.total_steps=5", f"--output={output}") == 2
+  assert execute(*argv, "--config.total_steps=5", f"--output={output}") == 2
   assert "made with config.total_steps=4, this run has 5; choose another --output" in capsys.readouterr().err
   assert files(output) == before
 
@@ -183,23 +179,22 @@ def test_runs_of_another_config_are_refused(argv, output, capsys):
 @pytest.mark.parametrize(
   ("args", "words"),
   [
-    (["--study=fusoin"], "study 'fusoin' is unknown; did you mean fusion?"),
-    (["--study=x"], "did you mean fusion, depth, boat, all?"),
-    (["--study=boat", "--seeds=0"], "--seeds=0 is no positive number"),
-    (["--study=boat", "--seeds=two"], "--seeds=two is no positive number"),
-    (["--study=boat", "--models=swin_tiny"], "--study=boat trains models of its own"),
-    (["--study=boat", "--workdir=/tmp"], "--study=boat trains models of its own"),
-    (["--study=configs/digits.py"], "is no study"),
-    (["--study=/nowhere/study.py"], "does not exist"),
-    (["--study=fusion", "--config.batchsize=3"], "did you mean batch_size"),
-    (["--study=fusion", "--config.total_steps=10"], "optimizer.warmup_steps 50"),
-    (["--study=fusion", "--config.model.overrides.overlap=3"], "has no option 'overlap'"),
-    (["--study=fusion", "--config.model.overrides.fusion=pairwise"], "'no fusion' and 'all-attention' do not differ"),
-    (["--study=fusion", "--config.dataset.name=/nowhere/images"], "/nowhere/images"),
+    (["fusoin"], "study 'fusoin' is unknown; did you mean fusion?"),
+    (["x"], "did you mean fusion, depth, boat, all?"),
+    (["boat", "--seeds=0"], "--seeds=0 is no positive number"),
+    (["boat", "--seeds=two"], "--seeds=two is no positive number"),
+    (["depth", "--threshold=7"], "choose one in (0, 1]"),
+    (["configs/digits.py"], "is no study"),
+    (["/nowhere/study.py"], "does not exist"),
+    (["fusion", "--config.batchsize=3"], "did you mean batch_size"),
+    (["fusion", "--config.total_steps=10"], "optimizer.warmup_steps 50"),
+    (["fusion", "--config.model.overrides.overlap=3"], "has no option 'overlap'"),
+    (["fusion", "--config.model.overrides.fusion=pairwise"], "'no fusion' and 'all-attention' do not differ"),
+    (["fusion", "--config.dataset.name=/nowhere/images"], "/nowhere/images"),
   ],
 )
 def test_mistakes(args, words, data_dir, tmp_path, capsys):
-  assert run(f"--config.dataset.data_dir={data_dir}", *args, f"--output={tmp_path / 'x'}") == 2
+  assert execute("study", f"--config.dataset.data_dir={data_dir}", *args, f"--output={tmp_path / 'x'}") == 2
   error = capsys.readouterr().err.splitlines()[-1]
   assert error.startswith("error: ") and words in error
   assert not (tmp_path / "x").exists()
@@ -207,15 +202,35 @@ def test_mistakes(args, words, data_dir, tmp_path, capsys):
 
 def test_a_study_that_lists_nothing(file, tmp_path, capsys):
   (tmp_path / "empty.py").write_text(file.read_text().replace("STUDY = {", "STUDY = {} and {"))
-  assert run(f"--study={tmp_path / 'empty.py'}", f"--output={tmp_path / 'x'}") == 2
+  assert execute("study", tmp_path / "empty.py", f"--output={tmp_path / 'x'}") == 2
   assert "is no study" in capsys.readouterr().err
 
 
 def test_the_folder(argv, capsys):
-  assert run(*argv) == 2
+  assert execute(*argv) == 2
   assert "give --output=DIR" in capsys.readouterr().err
-  assert run(*argv, "--output=/proc/x") == 2
+  assert execute(*argv, "--output=/proc/x") == 2
   assert "cannot be written" in capsys.readouterr().err
+
+
+FIGURES = ("similarity_against_depth.png", "heads_of_last_block.png", "attention_maps.png")
+
+
+def test_figures_of_similarity(output):
+  """Of each run as `analyze` draws them, and one of the study, which the page shows."""
+  study = output / "studies" / "tiny"
+  for name in RUNS:
+    assert all((study / name / "analysis" / figure).read_bytes().startswith(b"\x89PNG") for figure in FIGURES)
+  encoded = base64.b64encode((output / "studies" / "tiny.png").read_bytes()).decode()
+  assert encoded in (output / "report.html").read_text()
+
+
+def test_other_thresholds_are_measured_anew(argv, output, steps, tmp_path):
+  shutil.copytree(output, tmp_path, dirs_exist_ok=True)
+  assert execute(*argv, "--threshold=0.001", f"--output={tmp_path}") == 0
+  assert not steps[0]  # nothing is trained
+  assert [row[2][0] for row in table(tmp_path)["rows"]] == [0, 1]  # all blocks that have a next one
+  assert "a cosine of 0.001 or more" in table(tmp_path)["text"]
 
 
 VARIED = {
@@ -227,16 +242,14 @@ VARIED = {
 
 @pytest.mark.parametrize("name", studies.STUDIES)
 def test_cells_of_the_shipped_studies(name):
-  file, changes = studies.STUDIES[name]
-  title, labels = configs.read_study(f"configs/{file}")
+  title, labels = configs.read_study(studies.STUDIES[name])
   assert title.endswith(".") and "?" in title
   assert len(labels) >= 5 and len(set(labels.values())) == len(labels)
   found = []
   for argument in labels:
-    config = configs.load_config(f"configs/{file}:{argument}")
-    configs.override(config, changes)
+    config = configs.load_config(f"{studies.STUDIES[name]}:{argument}")
     registry.abstract_model(config.model, 10)
-    found.append({key: str(value) for key, value in configs._flatten(config.to_dict()).items()})
+    found.append({key: str(value) for key, value in configs.flatten(config.to_dict()).items()})
   keys = set().union(*found)
   assert {key for key in keys if len({config.get(key) for config in found}) > 1} == VARIED[name]
 
@@ -252,4 +265,4 @@ def test_cells_of_a_table_as_text():
 
 def test_studies_are_found_from_anywhere(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
-  assert all(pathlib.Path(spec).is_file() for spec, _ in studies._sources("all").values())
+  assert all(pathlib.Path(spec).is_file() for spec in studies.find_studies("all").values())

@@ -13,7 +13,9 @@ import numpy as np
 import optax
 
 from configs import digits
+from tests.training.steps import make_step
 import vit_jax_ext as vx
+from vit_jax_ext.models.functional import split_model
 from vit_jax_ext.training import distributed, sharding, train_step
 from vit_jax_ext.training.partition import Layout
 
@@ -39,15 +41,7 @@ def five_steps(family, mesh, **overrides):
   layout = Layout(model, mesh)
   places = layout.shardings(jax.eval_shape(init))
   step = jax.jit(
-    train_step.make_train_step(
-      train_step.split_model(model)[0],
-      tx,
-      mean=(0.5,) * 3,
-      std=(0.5,) * 3,
-      seed=0,
-      ema_decay=0.9,
-      gather=layout.gather,
-    ),
+    make_step(split_model(model)[0], tx, mean=(0.5,) * 3, std=(0.5,) * 3, ema_decay=0.9, gather=layout.gather),
     in_shardings=(places, sharding.batch_sharding(mesh)),
     out_shardings=(places, sharding.replicated(mesh)),
     donate_argnums=0,

@@ -11,8 +11,10 @@ import pytest
 
 from configs import digits
 import main
+from tests.training.steps import make_step
 import vit_jax_ext as vx
 from vit_jax_ext.console import Progress
+from vit_jax_ext.models.functional import split_model
 from vit_jax_ext.training import sharding, train, train_step
 
 TINY = dict(image_size=8, patch_size=2, embed_dim=8, depth=2, num_heads=2, mlp_ratio=1)
@@ -26,9 +28,9 @@ def make(name="deepvit_s", model_options=None, **kw):
   def create():
     return vx.create_model(name, num_classes=10, rngs=nnx.Rngs(0), **options)
 
-  graphdef, _, _ = train_step.split_model(nnx.eval_shape(create))
+  graphdef, _, _ = split_model(nnx.eval_shape(create))
   state = jax.jit(lambda: train_step.init_state(create, tx, kw.get("ema_decay", 0) > 0))()
-  return state, jax.jit(train_step.make_train_step(graphdef, tx, mean=(0.5,) * 3, std=(0.5,) * 3, seed=0, **kw))
+  return state, jax.jit(make_step(graphdef, tx, mean=(0.5,) * 3, std=(0.5,) * 3, **kw))
 
 
 def batch(seed=0):

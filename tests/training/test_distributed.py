@@ -25,6 +25,7 @@ from vit_jax_ext.training import distributed
 from vit_jax_ext.training.evaluate import evaluate_weights
 from vit_jax_ext.training.train import train
 from vit_jax_ext.workdir.checkpoint import latest_step
+from vit_jax_ext.workdir.config import read_workdir_config
 
 ROOT = os.path.dirname(main.__file__)
 TINY = [
@@ -162,9 +163,9 @@ def test_processes_train_digits_together(processes, coordinator, tmp_path, data_
   assert latest_step(str(tmp_path)) == 4
   if processes == 2:
     return
-  config = configs.read_workdir_config(str(tmp_path))
+  config = read_workdir_config(str(tmp_path))
   configs.override(config, ["mesh.data=1", "mesh.fsdp=8"])
-  scores = evaluate_weights(config, str(tmp_path), None)
+  scores = evaluate_weights(config, str(tmp_path))
   for name, value in scores.items():
     np.testing.assert_allclose(rows[-1][name], value, rtol=1e-5)
 
@@ -196,7 +197,7 @@ def test_one_process_is_preempted(coordinator, tmp_path, data_dir):
         os.kill(os.getpid(), signal.SIGTERM)
 
   with pytest.raises(Preempted, match=f"step {step + 3} "):
-    train(configs.read_workdir_config(str(tmp_path)), str(tmp_path), Terminated)
+    train(read_workdir_config(str(tmp_path)), str(tmp_path), Terminated)
 
 
 @pytest.mark.slow

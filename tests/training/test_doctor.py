@@ -4,48 +4,40 @@ import json
 
 import pytest
 
-import vit_jax_ext as vx
-from vit_jax_ext.training.doctor import doctor
+from vit_jax_ext.training.doctor import examine
 from vit_jax_ext.training.train import train
 
 
-def examine(config, workdir, capsys):
-  """Returns the lines by what they are about, and the error if any."""
-  try:
-    doctor(config, str(workdir))
-    error = None
-  except vx.UserError as raised:
-    error = str(raised)
-  lines = capsys.readouterr().out.splitlines()
-  return {line.split()[1]: line for line in lines if line.startswith(("ok", "WRONG"))}, error
+def examined(config, workdir):
+  """Returns the findings by what they are about, and what is wrong."""
+  found = {name: (healthy, finding) for name, healthy, finding in examine(config, str(workdir))}
+  return {name: finding for name, (_, finding) in found.items()}, [name for name, (ok, _) in found.items() if not ok]
 
 
-def test_a_good_set_up(tiny_config, tmp_path, capsys):
-  found, error = examine(tiny_config, tmp_path / "new", capsys)
-  assert error is None
+def test_a_good_set_up(tiny_config, tmp_path):
+  found, wrong = examined(tiny_config, tmp_path / "new")
+  assert not wrong
   assert list(found) == ["dataset", "model", "memory", "workdir"]
-  assert all(line.startswith("ok") for line in found.values())
   assert "10 classes; train 1,437, test 360" in found["dataset"]
   assert "8 x cpu" in found["model"] and "6 steps of 64 images" in found["model"]
   assert not (tmp_path / "new").exists()
 
 
-def test_a_run_that_can_go_on_and_one_that_cannot(tiny_config, tmp_path, capsys):
+def test_a_run_that_can_go_on_and_one_that_cannot(tiny_config, tmp_path):
   tiny_config.total_steps = 3
   train(tiny_config, str(tmp_path))
-  capsys.readouterr()
-  found, error = examine(tiny_config, tmp_path, capsys)
-  assert error is None
+  found, wrong = examined(tiny_config, tmp_path)
+  assert not wrong
   assert "continue at step 3" in found["workdir"]
   tiny_config.model.overrides.embed_dim = (8, 24)
-  found, error = examine(tiny_config, tmp_path, capsys)
-  assert found["workdir"].startswith("WRONG") and "embed_dim" in found["workdir"]
+  found, wrong = examined(tiny_config, tmp_path)
+  assert wrong == ["workdir"] and "embed_dim" in found["workdir"]
   # Somebody edits the config by hand to get past that.
   saved = json.loads((tmp_path / "config.json").read_text())
   saved["model"]["overrides"]["embed_dim"] = [8, 24]
   (tmp_path / "config.json").write_text(json.dumps(saved))
-  found, error = examine(tiny_config, tmp_path, capsys)
-  assert found["workdir"].startswith("WRONG") and "of shape" in found["workdir"]
+  found, wrong = examined(tiny_config, tmp_path)
+  assert wrong == ["workdir"] and "of shape" in found["workdir"]
 
 
 @pytest.mark.parametrize(
@@ -59,16 +51,26 @@ def test_a_run_that_can_go_on_and_one_that_cannot(tiny_config, tmp_path, capsys)
     (lambda c: c.update(pretrained="none.pth"), "pretrained", "do not exist"),
   ],
 )
-def test_what_is_wrong_is_said(tiny_config, tmp_path, capsys, change, line, words):
+def test_what_is_wrong_is_said(tiny_config, tmp_path, change, line, words):
   change(tiny_config)
-  found, error = examine(tiny_config, tmp_path / "new", capsys)
-  assert found[line].startswith("WRONG")
+  found, wrong = examined(tiny_config, tmp_path / "new")
+  assert wrong == [line]
   assert words in found[line]
-  assert found["workdir"].startswith("ok")
-  assert error.startswith("1 thing")
 
 
-def test_an_unwritable_workdir(tiny_config, tmp_path, capsys):
+def test_an_unwritable_workdir(tiny_config, tmp_path):
   (tmp_path / "file").write_text("")
-  found, _ = examine(tiny_config, "/proc/none/run", capsys)
-  assert found["workdir"].startswith("WRONG") and "cannot be written" in found["workdir"]
+  found, wrong = examined(tiny_config, "/proc/none/run")
+  assert wrong == ["workdir"] and "cannot be written" in found["workdir"]
+
+
+def test_what_a_user_sees(tiny_config, tmp_path, run, data_dir):
+  place = (f"--workdir={tmp_path / 'run'}", f"--config.dataset.data_dir={data_dir}")
+  status, out, err = run("doctor", *place)
+  assert (status, err) == (0, "")
+  assert [line.split()[:2] for line in out.splitlines()] == [
+    ["ok", name] for name in ("dataset", "model", "memory", "workdir")
+  ]
+  status, out, err = run("doctor", "--config.mesh.data=3", *place)
+  assert (status, err.count("\n")) == (2, 1) and "1 thing(s) would stop this run" in err
+  assert [line.split()[0] for line in out.splitlines()] == ["ok", "WRONG", "ok"]

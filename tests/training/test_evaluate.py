@@ -8,9 +8,10 @@ import pytest
 
 from vit_jax_ext.data import datasets, input_pipeline
 from vit_jax_ext.models import registry
+from vit_jax_ext.models.functional import normalize, split_model
 from vit_jax_ext.training import sharding
 from vit_jax_ext.training.evaluate import SplitEvaluator, evaluate
-from vit_jax_ext.training.train_step import make_eval_step, normalize, split_model
+from vit_jax_ext.training.train_step import make_eval_step
 
 
 def expected_calibration_error(confidence, hits):

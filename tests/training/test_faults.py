@@ -18,15 +18,17 @@ import pytest
 
 from configs import digits
 import main
+from tests.training.steps import make_step
 from tests.training.test_train import read_metrics, weights
 import vit_jax_ext as vx
-from vit_jax_ext import config as configs
 from vit_jax_ext.console import Progress
 from vit_jax_ext.errors import Preempted, RunError
+from vit_jax_ext.models.functional import split_model
 from vit_jax_ext.training import faults
 from vit_jax_ext.training.train import train
-from vit_jax_ext.training.train_step import init_state, make_train_step, split_model
+from vit_jax_ext.training.train_step import init_state
 from vit_jax_ext.workdir import checkpoint, digests
+from vit_jax_ext.workdir.config import check_workdir
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +181,7 @@ def test_nothing_is_saved_after_a_loss_that_is_not_finite(config, tmp_path):
   )
   assert checkpoint.latest_step(str(tmp_path)) < int(line[1])
   hot.skip_nonfinite = True
-  configs.check_workdir(str(tmp_path), hot)  # which is to say that the run may continue so
+  check_workdir(str(tmp_path), hot)  # which is to say that the run may continue so
 
 
 def test_an_update_that_is_not_finite_is_left_out():
@@ -195,7 +197,7 @@ def test_an_update_that_is_not_finite_is_left_out():
   tx = optax.adamw(1e-2)
   graphdef = split_model(create_model())[0]
   scale = dict(mean=(0, 0, 0), std=(1, 1, 1))
-  step = jax.jit(make_train_step(graphdef, tx, **scale, seed=0, ema_decay=0.5, augment=spoil, skip_nonfinite=True))
+  step = jax.jit(make_step(graphdef, tx, **scale, ema_decay=0.5, augment=spoil, skip_nonfinite=True))
   images = np.random.default_rng(0).integers(0, 256, (3, 4, 8, 8, 3), np.uint8)
   good, bad, last = ({"image": x, "label": np.array([y, 1, 2, 3])} for x, y in zip(images, (0, 9, 4), strict=True))
   after_good, _ = step(init_state(create_model, tx, use_ema=True), good)

@@ -7,9 +7,11 @@ import numpy as np
 import optax
 import pytest
 
+from tests.training.steps import make_step
 import vit_jax_ext as vx
+from vit_jax_ext.models.functional import split_model
 from vit_jax_ext.training import optimizer
-from vit_jax_ext.training.train_step import init_state, make_train_step, split_model
+from vit_jax_ext.training.train_step import init_state
 
 SMALL = {
   "vit_16b": dict(depth=3, embed_dim=12, num_heads=2),
@@ -77,7 +79,7 @@ def test_linear_probe_moves_the_classifier_alone():
   moments = sum(x.size for x in jax.tree.leaves(state.opt_state))
   assert moments < 3 * (12 * 3 + 3) + 10
   graphdef, *_ = split_model(create_model())
-  step = jax.jit(make_train_step(graphdef, tx, mean=(0.5,) * 3, std=(0.5,) * 3, seed=0, linear_probe=True))
+  step = jax.jit(make_step(graphdef, tx, mean=(0.5,) * 3, std=(0.5,) * 3, linear_probe=True))
   rng = np.random.default_rng(0)
   batch = {"image": rng.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8), "label": np.array([0, 1, 2, 0], np.int32)}
   new, metrics = step(state, batch)
@@ -100,7 +102,7 @@ def test_linear_probe_computes_no_other_gradient():
       optax.constant_schedule(0.1), weight_decay=0.1, no_decay=(), clip_norm=None, linear_probe=linear_probe
     )
     graphdef, *_ = split_model(nnx.eval_shape(create_model))
-    step = make_train_step(graphdef, tx, mean=(0.5,) * 3, std=(0.5,) * 3, seed=0, linear_probe=linear_probe)
+    step = make_step(graphdef, tx, mean=(0.5,) * 3, std=(0.5,) * 3, linear_probe=linear_probe)
     state = jax.eval_shape(lambda: init_state(create_model, tx, False))
     batch = {"image": jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.uint8), "label": jax.ShapeDtypeStruct((4,), jnp.int32)}
     return jax.jit(step).lower(state, batch).compile().cost_analysis()["flops"]

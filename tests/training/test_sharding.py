@@ -11,10 +11,12 @@ from configs import digits
 from tests.training.five_steps import five_steps, relative
 import vit_jax_ext as vx
 from vit_jax_ext.models import registry
-from vit_jax_ext.training import sharding, train_step
+from vit_jax_ext.models.functional import split_model
+from vit_jax_ext.training import sharding
 from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.partition import Layout
 from vit_jax_ext.training.train import train
+from vit_jax_ext.training.train_step import TrainState
 from vit_jax_ext.workdir import checkpoint
 
 MESHES = {
@@ -80,7 +82,7 @@ def test_all_families_train_the_same_on_every_mesh_in_float64(family, x64):
 def share_of_largest_device(model, devices=8):
   """Bytes of parameters and Adam's moments on one device of fsdp=8, relative to an equal share."""
   layout = Layout(model, sharding.make_mesh(MESHES["fsdp8"]))
-  _, params, _ = train_step.split_model(model)
+  _, params, _ = split_model(model)
   state = jax.eval_shape(lambda params: (params, optax.adam(1e-3).init(params)), params)
   here = jax.tree.map(lambda x, place: math.prod(place.shard_shape(x.shape)), state, layout.shardings(state))
   return sum(jax.tree.leaves(here)) * devices / sum(x.size for x in jax.tree.leaves(state))
@@ -141,11 +143,11 @@ def test_a_checkpoint_is_read_on_another_mesh_bit_for_bit(tiny_config, tmp_path)
   tiny_config.mesh.update(MESHES["data2_fsdp2_model2"])
   state = Experiment(tiny_config, 10, 1000).init()
   with checkpoint.open_checkpoints(str(tmp_path)) as checkpoints:
-    checkpoint.save(checkpoints, 1, state, None)
+    checkpoint.save(checkpoints, 1, state.items(), None)
   tiny_config.mesh.update(MESHES["fsdp8"])
   there = Experiment(tiny_config, 10, 1000)
   like = checkpoint.abstract(jax.eval_shape(there.init), there.places)
-  restored = checkpoint.restore(str(tmp_path), 1, like)
+  restored = TrainState.from_items(checkpoint.restore(str(tmp_path), 1, like.items()))
   jax.tree.map(np.testing.assert_array_equal, state, restored)
   jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim) or pytest.fail(), restored, there.places)
 

@@ -13,8 +13,8 @@ import pytest
 
 import main
 from tests.training.test_train import read_metrics, weights
-from vit_jax_ext import config as configs
 from vit_jax_ext.workdir import checkpoint
+from vit_jax_ext.workdir.config import read_workdir_config
 
 KILLS = 20
 OPTIONS = [
@@ -59,7 +59,7 @@ def test_twenty_kills_change_nothing(tmp_path, data_dir):
 
   assert not (killed / "damaged").exists() and not list(killed.rglob("*tmp*"))
   assert checkpoint.inspect(str(killed)) == checkpoint.inspect(str(whole)) == (3000, [])
-  config = configs.read_workdir_config(str(whole))
+  config = read_workdir_config(str(whole))
   for ema in (False, True):
     jax.tree.map(np.testing.assert_array_equal, weights(config, killed, ema=ema), weights(config, whole, ema=ema))
   numbers = [

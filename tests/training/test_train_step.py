@@ -10,7 +10,9 @@ import numpy as np
 import optax
 import pytest
 
+from tests.training.steps import make_step
 import vit_jax_ext as vx
+from vit_jax_ext.models.functional import split_model
 from vit_jax_ext.training import losses, mixup, optimizer, sharding, train_step
 
 NORMALIZATION = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
@@ -43,9 +45,9 @@ def make(model_options=None, tx=None, **kw):
   def create():
     return create_model(**(model_options or {}))
 
-  graphdef, _, _ = train_step.split_model(nnx.eval_shape(create))
+  graphdef, _, _ = split_model(nnx.eval_shape(create))
   state = jax.jit(lambda: train_step.init_state(create, tx, kw.get("ema_decay", 0) > 0))()
-  return state, jax.jit(train_step.make_train_step(graphdef, tx, **NORMALIZATION, seed=0, **kw))
+  return state, jax.jit(make_step(graphdef, tx, **NORMALIZATION, **kw))
 
 
 def assert_close(a, b, **kw):
@@ -70,7 +72,7 @@ def test_gradient_and_metrics_equal_a_direct_computation():
   state, step = make(tx=tx, label_smoothing=0.1)
   data = batch()
   new, metrics = step(state, data)
-  graphdef, _, _ = train_step.split_model(nnx.eval_shape(create_model))
+  graphdef, _, _ = split_model(nnx.eval_shape(create_model))
   images = (data["image"] / 255 - np.array(NORMALIZATION["mean"])) / np.array(NORMALIZATION["std"])
 
   def loss(params):
@@ -126,9 +128,9 @@ class LinearModel(nnx.Module):
 
 def make_linear(**kw):
   """Returns (state, jitted step) of LinearModel."""
-  graphdef, _, _ = train_step.split_model(LinearModel())
+  graphdef, _, _ = split_model(LinearModel())
   state = train_step.init_state(LinearModel, optax.sgd(0.1), False)
-  return state, jax.jit(train_step.make_train_step(graphdef, optax.sgd(0.1), **NORMALIZATION, seed=0, **kw))
+  return state, jax.jit(make_step(graphdef, optax.sgd(0.1), **NORMALIZATION, **kw))
 
 
 def test_loss_of_augmented_images_equals_numpy():

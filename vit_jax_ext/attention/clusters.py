@@ -10,65 +10,16 @@ from matplotlib.figure import Figure
 import ml_collections
 import numpy as np
 
-from vit_jax_ext import config as configs
+from vit_jax_ext.attention import figures
 from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import open_dataset
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import registry
 from vit_jax_ext.models.boat import Boat, FeatureAttention
 from vit_jax_ext.models.cswin import StripeAttention
+from vit_jax_ext.models.functional import normalize, split_model
 from vit_jax_ext.models.swin import WindowAttention
 from vit_jax_ext.training.evaluate import load_weights
-from vit_jax_ext.training.train_step import normalize, split_model
-
-
-def analyze(
-  image: str,
-  workdirs: Sequence[str] | None,
-  spec: str | None,
-  model: str | None,
-  overrides: Sequence[str],
-  *,
-  block: str | None,
-  heads: str | None,
-  output: str | None,
-) -> str:
-  """Runs `draw_clusters` for one of: a run's workdir, a config file, a model's name; without any, boat_swin_tiny.
-
-  Args:
-    image: an image file.
-    workdirs: at most one.
-    spec: PATH or PATH:ARGUMENT of a config.
-    model: a registered name.
-    overrides: KEY=VALUE for the config.
-    block: see `draw_clusters`.
-    heads: numbers with commas between; None for the first three.
-    output: folder; None for `analysis` in the workdir, or here.
-
-  Returns:
-    The path of the picture.
-
-  Raises:
-    UserError: several sources, heads that are no numbers, and what `draw_clusters` refuses.
-  """
-  sources = [*(workdirs or ()), *filter(None, (spec, model))]
-  if len(sources) > 1:
-    raise UserError(f"clusters come from one model, not from {', '.join(sources)}; give one of them")
-  workdir = workdirs[0] if workdirs else None
-  if workdir:
-    config = configs.read_workdir_config(workdir)
-  elif spec:
-    config = configs.load_config(spec)
-  else:
-    named = {"name": model or "boat_swin_tiny", "overrides": {}}
-    config = ml_collections.ConfigDict({"seed": 0, "model": named, "dataset": {"crop": 1.0}, "pretrained": None})
-  configs.override(config, overrides)
-  try:
-    heads = [int(head) for head in heads.split(",")] if heads else None
-  except ValueError:
-    raise UserError(f"--heads={heads} is no list of numbers; write for example --heads=0,1,2") from None
-  output = output or os.path.join(workdir or "", "analysis")
-  return draw_clusters(config, workdir, image, block=block, heads=heads, output=output)
 
 
 def draw_clusters(
@@ -137,14 +88,7 @@ def draw_clusters(
     | {f"head {head}, {labels.max() + 1} clusters": labels for head, labels in zip(heads, clusters, strict=True)},
   )
   figure.suptitle(f"{spec.name} ({origin}), block {block}: patches of one colour attend to each other")
-  path = os.path.join(output, "clusters.png")
-  try:
-    os.makedirs(output, exist_ok=True)
-    figure.savefig(path, dpi=150)
-  except OSError as error:
-    raise UserError(f"{path} cannot be written: {error.strerror}; choose another --output") from None
-  print(f"wrote {path}")
-  return path
+  return figures.save(output, "clusters.png", figure)
 
 
 def _assignments(out: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

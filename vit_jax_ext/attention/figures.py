@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 import math
+import os
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 import numpy as np
+
+from vit_jax_ext.files import replace
 
 Summary = Mapping[str, Any]  # see similarity.summarize; besides `model`, the name of its class
 
@@ -39,12 +42,16 @@ def similarity_against_depth(summary: Summary) -> Figure:
 
 
 def similar_blocks_against_depth(summaries: Sequence[Summary]) -> Figure:
-  """Figure 3b: share of similar blocks over the number of blocks, a line per class of model."""
+  """Figure 3b: share of similar blocks over the number of blocks, a line per class of model, the mean over its runs."""
   figure = Figure(figsize=(7.5, 4), layout="constrained")
   axes = figure.subplots()
   for model in dict.fromkeys(summary["model"] for summary in summaries):
-    points = sorted((s["blocks"], s["similar_blocks"] / s["blocks"]) for s in summaries if s["model"] == model)
-    axes.plot(*zip(*points, strict=True), marker="o", label=model)
+    shares = {}
+    for s in summaries:
+      if s["model"] == model:
+        shares.setdefault(s["blocks"], []).append(s["similar_blocks"] / s["blocks"])
+    depths = sorted(shares)
+    axes.plot(depths, [np.mean(shares[depth]) for depth in depths], marker="o", label=model)
   axes.set(title="Blocks that attend as the next one does\n"
            f"(mean cosine similarity of their attention maps ≥ {summaries[0]['threshold']})",
            xlabel="blocks of the model", ylabel="share of similar blocks", ylim=(-0.02, 1.02),
@@ -88,3 +95,14 @@ def attention_maps(summary: Summary, maps: np.ndarray) -> Figure:
   figure.supxlabel("key token (class token first, then the patches row by row)", fontsize=8)
   figure.supylabel("query token", fontsize=8)
   return figure
+
+
+def save(folder: str, name: str, figure: Figure) -> str:
+  """Writes a figure into a folder and returns its path.
+
+  Raises:
+    UserError: the folder cannot be written.
+  """
+  with replace(folder, name, binary=True) as file:
+    figure.savefig(file, dpi=150, format="png")
+  return os.path.join(folder, name)

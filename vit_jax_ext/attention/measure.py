@@ -1,6 +1,6 @@
-"""What `analyze` and `study` print and write: trained models' attention similarity as a table, JSON and figures."""
+"""Attention similarity of trained models, on the evaluation splits of their runs: JSON and figures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import functools
 import os
 from typing import Any
@@ -11,57 +11,55 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import rich.console
-import rich.table
 
-from vit_jax_ext import config as configs
 from vit_jax_ext.attention import figures, similarity
 from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import open_dataset
+from vit_jax_ext.files import write_json
 from vit_jax_ext.models import registry
-from vit_jax_ext.training.evaluate import load_weights, write_json
-from vit_jax_ext.training.train import train
-from vit_jax_ext.training.train_step import normalize, split_model
+from vit_jax_ext.models.functional import normalize, split_model
+from vit_jax_ext.training.evaluate import load_weights
 
 BATCH_SIZE = 16  # the attention maps of all blocks are in memory for this many images
+FILE = "similarity.json"
 
 
 def analyze(
-  runs: Mapping[str | None, ml_collections.ConfigDict], output: str | None, *, threshold: float, head_threshold: float
-) -> list[dict[str, Any]]:
-  """Measures trained models on their evaluation splits; prints a table and writes similarity.json and figures.
+  models: Sequence[tuple[ml_collections.ConfigDict, str | None]],
+  output: str | None,
+  *,
+  threshold: float,
+  head_threshold: float,
+) -> tuple[list[dict[str, Any]], list[str]]:
+  """Measures trained models on their evaluation splits, and writes similarity.json and figures.
 
   Args:
-    runs: workdir -> config; None instead of a workdir for the weights of `config.pretrained`. With several, each model
-      gets a folder of its own in `output`, and there is a table.json and a figure that compares them besides.
+    models: pairs of config and workdir; None instead of a workdir for the weights of `config.pretrained`. With several,
+      each model gets a folder of its own in `output`, and a table.json and a figure compare them.
     output: folder; None for `analysis` in the first workdir, or here.
     threshold, head_threshold: see `similarity.measure_similarity`.
 
   Returns:
-    The table's rows.
+    What `measure` says of each model, and the paths of all files.
 
   Raises:
     UserError: no checkpoint, a model without attention maps of one size, an impossible threshold.
   """
-  workdirs = {workdir and os.path.abspath(workdir): config for workdir, config in runs.items()}
-  output = output or os.path.join(next(iter(workdirs)) or "", "analysis")
-  summaries = []
-  for workdir, config in workdirs.items():
+  unique = {workdir and os.path.abspath(workdir): config for config, workdir in models}
+  output = output or os.path.join(next(iter(unique)) or "", "analysis")
+  summaries, paths = [], []
+  for workdir, config in unique.items():
     logging.info("measuring %s", workdir or config.pretrained)
     summary, maps = measure(config, workdir, threshold=threshold, head_threshold=head_threshold)
     summaries.append(summary)
-    folder = output if len(runs) == 1 else os.path.join(output, os.path.relpath(workdir, os.path.commonpath(workdirs)))
-    write_json(folder, "similarity.json", summary)
-    _write_figure(folder, "similarity_against_depth.png", figures.similarity_against_depth(summary))
-    _write_figure(folder, "heads_of_last_block.png", figures.heads_of_last_block(summary))
-    _write_figure(folder, "attention_maps.png", figures.attention_maps(summary, maps))
-  columns = ("model", "blocks", "top1", "similar_blocks", "mean_similarity")
-  rows = [{column: summary[column] for column in columns} for summary in summaries]
-  _print_table(rows, threshold)
-  if len(rows) > 1:
-    write_json(output, "table.json", rows)
-    _write_figure(output, "similar_blocks.png", figures.similar_blocks_against_depth(summaries))
-  return rows
+    folder = output if len(unique) == 1 else os.path.join(output, os.path.relpath(workdir, os.path.commonpath(unique)))
+    paths += write(folder, summary, maps)
+  if len(summaries) > 1:
+    columns = ("model", "blocks", "top1", "similar_blocks", "mean_similarity")
+    rows = [{column: summary[column] for column in columns} for summary in summaries]
+    paths.append(write_json(output, "table.json", rows))
+    paths.append(figures.save(output, "similar_blocks.png", figures.similar_blocks_against_depth(summaries)))
+  return summaries, paths
 
 
 def measure(
@@ -93,46 +91,14 @@ def measure(
   return {"weights": name, "step": step, "model": variant.model.__name__} | summary, maps
 
 
-def study(
-  spec: str, workdir: str, overrides: Sequence[str], output: str | None, *, threshold: float, head_threshold: float
-) -> list[dict[str, Any]]:
-  """Trains the runs that a config file lists in STUDY, then analyzes them together; started again, it continues.
+def write(folder: str, summary: dict[str, Any], maps: np.ndarray) -> list[str]:
+  """Writes what `measure` returned, and draws it; returns the paths.
 
-  Args:
-    spec: path of the config file.
-    workdir: gets one workdir for each run.
-    overrides: KEY=VALUE for every run.
-    output: folder; None for `analysis` in the workdir.
-    threshold, head_threshold: see `similarity.measure_similarity`.
-
-  Returns:
-    The table's rows.
+  The JSON file comes last: where it is, all is.
   """
-  similarity.check_thresholds(threshold, head_threshold)  # before hours of training
-  runs = {}
-  for argument in configs.read_study(spec)[1]:
-    config = configs.load_config(f"{spec}:{argument}")
-    configs.override(config, overrides)
-    runs[os.path.join(workdir, argument.replace(",", "_"))] = config
-  for folder, config in runs.items():
-    logging.info("training %s", folder)
-    train(config, folder)
-  output = output or os.path.join(workdir, "analysis")
-  return analyze(runs, output, threshold=threshold, head_threshold=head_threshold)
-
-
-def _print_table(rows: Sequence[Mapping[str, Any]], threshold: float) -> None:
-  table = rich.table.Table("model", "blocks", "top-1", f"blocks similar to the next ({threshold}+)", "mean similarity")
-  for row in rows:
-    mean = row["mean_similarity"]
-    similar = f"{row['similar_blocks']} of {row['blocks']}"
-    table.add_row(
-      row["model"], str(row["blocks"]), f"{row['top1']:.2%}", similar, "" if mean is None else f"{mean:.3f}"
-    )
-  rich.console.Console(width=120).print(table)
-
-
-def _write_figure(folder: str, name: str, figure) -> None:
-  path = os.path.normpath(os.path.join(folder, name))
-  figure.savefig(path, dpi=150)
-  print(f"wrote {path}")
+  return [
+    figures.save(folder, "similarity_against_depth.png", figures.similarity_against_depth(summary)),
+    figures.save(folder, "heads_of_last_block.png", figures.heads_of_last_block(summary)),
+    figures.save(folder, "attention_maps.png", figures.attention_maps(summary, maps)),
+    write_json(folder, FILE, summary),
+  ]

@@ -15,8 +15,10 @@ import numpy as np
 import psutil
 
 from vit_jax_ext.models import registry
+from vit_jax_ext.models.functional import normalize, split_model
 from vit_jax_ext.training import optimizer
-from vit_jax_ext.training.train_step import TrainState, make_train_step, normalize, split_model
+from vit_jax_ext.training.losses import make_loss
+from vit_jax_ext.training.train_step import TrainState, make_train_step
 
 PROGRAMS = ("forward", "training")
 SECONDS = 0.5  # of one measurement, at least
@@ -59,9 +61,8 @@ class Benchmark:
       images = normalize(batch["image"], variant.mean, variant.std)
       return nnx.merge(self._graphdef, params, stats)(images)[0]
 
-    train_step = make_train_step(
-      self._graphdef, self._tx, mean=variant.mean, std=variant.std, seed=0, label_smoothing=0.1
-    )
+    loss = make_loss(self._graphdef, mean=variant.mean, std=variant.std, label_smoothing=0.1)
+    train_step = make_train_step(loss, self._tx, seed=0)
     self._functions = {
       "forward": jax.jit(forward),
       "training": jax.jit(train_step, donate_argnums=0),

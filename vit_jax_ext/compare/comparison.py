@@ -1,4 +1,4 @@
-"""The compare command: what models cost and how fast they are, beside what was published and what runs have reached."""
+"""A comparison: what models cost and how fast they are, beside what was published and what runs have reached."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
@@ -9,14 +9,11 @@ from typing import Any
 
 from absl import logging
 import jax
-import rich.console
-import rich.table
 
 from vit_jax_ext.compare import cost, report, results
 from vit_jax_ext.compare.benchmark import PROGRAMS, Benchmark, OutOfMemoryError
 from vit_jax_ext.compare.runs import read_run
 from vit_jax_ext.console import Countdown
-from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import registry
 
 # First guesses, on two CPU cores, of seconds per operation of a forward pass that is traced, and compiled, and per
@@ -24,27 +21,6 @@ from vit_jax_ext.models import registry
 SECONDS = {"trace": 1e-3, "compile": 2e-3, "time": 2e-11}
 WORK = {"forward": 1, "training": 3}  # of the programs, relative to each other
 FAMILIES = {"VisionTransformer": "ViT", "BoatSwin": "BOAT-Swin", "BoatCSWin": "BOAT-CSWin"}
-
-
-def print_costs(models: Sequence[str] | None, *, fusion: bool, output: str | None) -> list[dict[str, Any]]:
-  """Prints parameters and multiply-adds beside the published figures, and returns the rows.
-
-  Args:
-    models: names; None for all.
-    fusion: CrossViT-S under the five fusions of Table 6 instead.
-    output: folder for cost.csv, if any.
-  """
-  rows = cost.fusion_table() if fusion else cost.models_table(models or registry.list_models())
-  table = rich.table.Table(*rows[0], title="CrossViT-S, Table 6" if fusion else None)
-  for row in rows:
-    table.add_row(
-      *("" if value is None else f"{value:,}" if isinstance(value, int) else str(value) for value in row.values())
-    )
-  rich.console.Console(width=150).print(table)
-  if output:
-    results.write_csv(output, "cost.csv", rows)
-    print(f"wrote {os.path.join(output, 'cost.csv')}")
-  return rows
 
 
 @dataclasses.dataclass
@@ -83,11 +59,11 @@ class _Trial:
 def compare(
   models: Sequence[str] | None,
   workdirs: Sequence[str],
-  output: str | None,
+  output: str,
   *,
-  batch_sizes: Sequence[int | str] = (8,),
+  batch_sizes: Sequence[int] = (8,),
   dtypes: Sequence[str] = ("float32",),
-  rounds: int | str = 5,
+  rounds: int = 5,
 ) -> dict[str, Any]:
   """Compiles and times models, and writes results.json, results.csv, results.md and report.html.
 
@@ -107,13 +83,9 @@ def compare(
     failed in XLA, has a `note`.
 
   Raises:
-    UserError: an unknown model or dtype, no number, a workdir without a run, no folder or an unwritable one.
+    UserError: an unknown model or dtype, a workdir without a run, an unwritable folder.
   """
-  if not output:
-    raise UserError("a comparison of runs is written into a folder; give --output=DIR")
-  batch_sizes = list(dict.fromkeys(positive("batch-sizes", size) for size in batch_sizes))
-  dtypes = list(dict.fromkeys(dtypes))
-  rounds = positive("rounds", rounds)
+  batch_sizes, dtypes = list(dict.fromkeys(batch_sizes)), list(dict.fromkeys(dtypes))
   models = models or ([] if workdirs else registry.list_models())
   for name in models:
     registry.get_variant(name)
@@ -154,17 +126,7 @@ def compare(
       _time(trials, i, rounds, countdown)
       comparison["settings"]["finished"] = i + 1
       save()
-  _print(comparison)
-  for name in (results.JSON, "results.csv", "results.md", report.FILE):
-    print(f"wrote {os.path.join(output, name)}")
   return comparison
-
-
-def positive(option: str, value: int | str) -> int:
-  """Returns the number that an option of the command line gives; raises UserError if it is none."""
-  if not str(value).isdecimal() or int(value) < 1:
-    raise UserError(f"--{option}={value} is no positive number; give one, such as 8")
-  return int(value)
 
 
 def _labels(workdirs: Sequence[str], models: Sequence[str]) -> dict[str, str]:
@@ -226,14 +188,3 @@ def _time(trials: Sequence[_Trial], i: int, rounds: int, countdown: Countdown) -
         trial.measurement[f"{program}_images_per_second"] = statistics.median(rates)
       if program not in trial.programs:
         countdown.skip("time", trial.timing(program) * (rounds - i - 1))
-
-
-def _print(comparison: Mapping[str, Any]) -> None:
-  table = results.rows(comparison)
-  keys = ("label", "batch_size", "dtype", "published_top1", "eval_top1", "params", "multiply_adds",
-          "forward_images_per_second", "training_images_per_second", "training_memory", "note")  # fmt: skip
-  columns = [column for column in results.columns(table) if column.key in keys]
-  shown = rich.table.Table(*(column.heading for column in columns))
-  for row in table:
-    shown.add_row(*(column(row) for column in columns))
-  rich.console.Console(width=160).print(shown)

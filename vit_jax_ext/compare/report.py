@@ -12,6 +12,8 @@ import jinja2
 from vit_jax_ext.compare import charts, cost, results
 from vit_jax_ext.compare.charts import Axis, Series
 from vit_jax_ext.compare.results import Row, number
+from vit_jax_ext.compare.runs import data_address
+from vit_jax_ext.files import replace
 
 FILE = "report.html"
 STUDIES = "studies"
@@ -24,7 +26,7 @@ def write(folder: str) -> None:
   """Writes report.html of what a folder holds: results.json, and studies/NAME.json, either of which may be missing.
 
   A study is a JSON object: `title`; `text`, a paragraph; `columns`, headings; `rows`, each a list of texts, numbers,
-  [mean, spread] pairs, or null for what is not known.
+  [mean, spread] pairs, or null for what is not known. The figure studies/NAME.png, if there is one, comes below.
 
   Raises:
     UserError: the folder cannot be written.
@@ -38,7 +40,9 @@ def write(folder: str) -> None:
   for path in sorted(glob.glob(os.path.join(folder, STUDIES, "*.json"))):
     with open(path) as file:
       studies.append(json.load(file))
-  with results.replace(folder, FILE) as file:
+    figure = f"{path.removesuffix('.json')}.png"
+    studies[-1]["figure"] = data_address(figure) if os.path.exists(figure) else None
+  with replace(folder, FILE) as file:
     file.write(render(comparison, studies))
 
 

@@ -1,21 +1,19 @@
 """The files of a comparison: results.json holds everything; results.csv and results.md its table, for people."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-import contextlib
+from collections.abc import Callable, Mapping, Sequence
 import csv
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 
-from vit_jax_ext.errors import UserError
+from vit_jax_ext.files import replace, write_json
 
-JSON = "results.json"
+FILES = JSON, CSV, MARKDOWN = "results.json", "results.csv", "results.md"
 Row = Mapping[str, Any]
 
 
@@ -166,23 +164,6 @@ def _processor() -> str:
   return platform.processor() or platform.machine()
 
 
-@contextlib.contextmanager
-def replace(folder: str, name: str) -> Iterator[TextIO]:
-  """Opens a file in `folder` for writing; it takes its place when all is written.
-
-  Raises:
-    UserError: the folder cannot be written.
-  """
-  path = os.path.join(folder, name)
-  try:
-    os.makedirs(folder, exist_ok=True)
-    with open(f"{path}.part", "w", newline="", encoding="utf-8") as file:
-      yield file
-    os.replace(f"{path}.part", path)
-  except OSError as error:
-    raise UserError(f"{path} cannot be written: {error.strerror}; choose another --output") from None
-
-
 def write_csv(folder: str, name: str, table: Sequence[Row]) -> None:
   """Writes rows of the same keys."""
   with replace(folder, name) as file:
@@ -193,12 +174,11 @@ def write_csv(folder: str, name: str, table: Sequence[Row]) -> None:
 
 def write(results: Mapping[str, Any], folder: str) -> None:
   """Writes results.json, results.csv and results.md."""
-  with replace(folder, JSON) as file:
-    json.dump(results, file, indent=1)
+  write_json(folder, JSON, results)
   table = rows(results)
-  write_csv(folder, "results.csv", table)
+  write_csv(folder, CSV, table)
   shown = columns(table)
-  with replace(folder, "results.md") as file:
+  with replace(folder, MARKDOWN) as file:
     for cells in ([c.heading for c in shown], ["---"] * len(shown), *([c(row) for c in shown] for row in table)):
       file.write(f"| {' | '.join(cells)} |\n")
     file.write("\n" + "".join(f"- {c.heading}: {c.meaning}\n" for c in shown))

@@ -5,9 +5,10 @@ import json
 import os
 from typing import Any
 
-from vit_jax_ext import config as configs
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.workdir import checkpoint
+from vit_jax_ext.workdir.config import read_workdir_config
+from vit_jax_ext.workdir.metrics import read_metrics
 
 CURVES = ("train/loss", "eval/loss", "eval/top1", "eval_ema/top1", "eval/ece")
 POINTS = 200  # of a curve, at most
@@ -26,7 +27,7 @@ def read_run(workdir: str) -> dict[str, Any]:
   Raises:
     UserError: the folder holds no run, or no complete checkpoint.
   """
-  config = configs.read_workdir_config(workdir)
+  config = read_workdir_config(workdir)
   saved = checkpoint.read_weights(workdir)
   if saved is None:
     raise UserError(f"workdir {workdir} holds no complete checkpoint; train there first")
@@ -44,15 +45,6 @@ def read_run(workdir: str) -> dict[str, Any]:
     "curves": {name: _thin([[row["step"], row[name]] for row in rows if name in row]) for name in CURVES},
     **_read_analysis(workdir),
   }
-
-
-def read_metrics(workdir: str) -> list[dict[str, float]]:
-  """Returns the lines of a run's metrics.jsonl, each a step and its values; none if there is no such file."""
-  path = os.path.join(workdir, "metrics.jsonl")
-  if not os.path.exists(path):
-    return []
-  with open(path) as file:
-    return [json.loads(line) for line in file if line.endswith("\n")]  # a killed run may leave half a line
 
 
 def _thin(points: list) -> list:
@@ -73,6 +65,11 @@ def _read_analysis(workdir: str) -> dict[str, Any]:
     for figure in FIGURES:
       path = os.path.join(folder, figure)
       if figure not in figures and os.path.exists(path) and os.path.getsize(path) <= FIGURE_BYTES:
-        with open(path, "rb") as file:
-          figures[figure] = "data:image/png;base64," + base64.b64encode(file.read()).decode()
+        figures[figure] = data_address(path)
   return {"similarity": similarity, "figures": figures}
+
+
+def data_address(path: str) -> str:
+  """Returns a PNG file as an address that a page can hold in itself."""
+  with open(path, "rb") as file:
+    return "data:image/png;base64," + base64.b64encode(file.read()).decode()

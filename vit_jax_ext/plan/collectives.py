@@ -17,7 +17,6 @@ import ml_collections
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.training import sharding
-from vit_jax_ext.training.evaluate import write_json
 from vit_jax_ext.training.experiment import Experiment
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -101,13 +100,12 @@ def simulate_devices(mesh: ml_collections.ConfigDict) -> None:
   jax.config.update("jax_num_cpu_devices", math.prod(mesh.values()))
 
 
-def report(config: ml_collections.ConfigDict, num_classes: int, output: str | None) -> dict[str, Any]:
-  """Prints and returns what a training step of `config` moves and keeps on each device. Nothing is computed.
+def measure(config: ml_collections.ConfigDict, num_classes: int) -> dict[str, Any]:
+  """Returns what a training step of `config` moves and keeps on each device. Nothing is computed.
 
   Args:
     config: see configs/common.py; its mesh fits the devices.
     num_classes: of the dataset, which need not be there.
-    output: folder for collectives.json, if any.
   """
   experiment = Experiment(config, num_classes, examples=config.batch_size)
   state = jax.eval_shape(experiment.init)
@@ -127,7 +125,7 @@ def report(config: ml_collections.ConfigDict, num_classes: int, output: str | No
       operations, moved = sum(c.times for c in ours), sum(c.bytes * c.times for c in ours)
       by_kind[kind] = {"operations": operations, "bytes": moved, "largest": max(c.bytes for c in ours)}
   total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-  result = {
+  return {
     "model": config.model.name,
     "mesh": sharding.axis_sizes(experiment.mesh),
     "batch_size": config.batch_size,
@@ -141,21 +139,3 @@ def report(config: ml_collections.ConfigDict, num_classes: int, output: str | No
       "total": total + memory.temp_size_in_bytes,
     },
   }
-  _print(result)
-  if output:
-    write_json(output, "collectives.json", result)
-  return result
-
-
-def _print(result: dict[str, Any]) -> None:
-  mesh = " x ".join(f"{axis}={size}" for axis, size in result["mesh"].items())
-  print(f"{result['model']}, {result['parameters']:,} parameters, {result['batch_size']} images a step on {mesh}")
-  if result["remarks"]:
-    print(f"  {result['remarks']}")
-  print("moved in a step, each device's results:")
-  for kind, row in result["collectives"].items():
-    print(f"  {kind:20} {row['bytes'] / 1e6:12,.3f} MB in {row['operations']:,}, "
-          f"the largest {row['largest'] / 1e6:,.3f} MB")  # fmt: skip
-  print("on each device:")
-  for name, size in result["device"].items():
-    print(f"  {name:20} {size / 1e6:12,.3f} MB")

@@ -1,6 +1,6 @@
-"""The doctor command: what would end an expensive job in its first hour, found out in seconds."""
+"""What would end an expensive job in its first hour, found out in seconds."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import os
 import tempfile
 
@@ -8,38 +8,31 @@ import jax
 import ml_collections
 import psutil
 
-from vit_jax_ext.config import check_workdir
 from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import Dataset, open_dataset
 from vit_jax_ext.errors import UserError
+from vit_jax_ext.models.functional import split_model
 from vit_jax_ext.pretrained import load_pretrained
 from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.sharding import axis_sizes, bytes_per_device
-from vit_jax_ext.training.train_step import activation_bytes, split_model
+from vit_jax_ext.training.train_step import activation_bytes
 from vit_jax_ext.workdir import checkpoint
+from vit_jax_ext.workdir.config import check_workdir
 
 
-def doctor(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Prints what it found, one line for each thing: dataset, devices and model, memory, pretrained weights, workdir.
+def examine(config: ml_collections.ConfigDict, workdir: str) -> Iterator[tuple[str, bool, str]]:
+  """Yields (name, whether it is well, finding) for dataset, model and mesh, memory, pretrained weights and workdir.
 
   Nothing is trained, compiled or written.
-
-  Raises:
-    UserError: something is wrong; says how much.
   """
-  wrong = 0
   for name, check in _checks(config, workdir):
     try:
-      verdict, finding = "ok", check()
+      yield name, True, check()
     except UserError as error:
-      verdict, finding = "WRONG", str(error)
-      wrong += 1
-    print(f"{verdict:6}{name:12}{finding}", flush=True)
-  if wrong:
-    raise UserError(f"{wrong} thing(s) would stop this run; mend what is marked WRONG above")
+      yield name, False, str(error)
 
 
-def _checks(config: ml_collections.ConfigDict, workdir: str) -> Iterator:
+def _checks(config: ml_collections.ConfigDict, workdir: str) -> Iterator[tuple[str, Callable[[], str]]]:
   """Yields (name, function that returns a finding or raises UserError), without what needs one that failed."""
   found = {}
 

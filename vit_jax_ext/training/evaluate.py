@@ -1,8 +1,6 @@
 """Exact evaluation over a split: every image counts once, padding not at all."""
 
 from collections.abc import Callable, Iterable
-import json
-import os
 from typing import Any
 
 from absl import logging
@@ -13,12 +11,12 @@ import numpy as np
 
 from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import Dataset, open_dataset
-from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import registry
+from vit_jax_ext.models.functional import split_model
 from vit_jax_ext.pretrained import load_pretrained
 from vit_jax_ext.training import distributed, sharding
 from vit_jax_ext.training.partition import Layout
-from vit_jax_ext.training.train_step import Batch, Metrics, make_eval_step, split_model
+from vit_jax_ext.training.train_step import Batch, Metrics, make_eval_step
 from vit_jax_ext.workdir import checkpoint
 
 
@@ -112,48 +110,29 @@ def load_weights(
   return report.source, None, jax.device_put({"params": params, "stats": stats}, shardings)
 
 
-def evaluate_weights(config: ml_collections.ConfigDict, workdir: str | None, output: str | None) -> dict[str, float]:
-  """Evaluates a run's best checkpoint, raw and averaged, or pretrained weights; prints the scores and returns them.
+def evaluate_weights(config: ml_collections.ConfigDict, workdir: str | None) -> dict[str, Any]:
+  """Evaluates a run's best checkpoint, raw and averaged, or pretrained weights.
 
   Args:
     config: the experiment's.
     workdir: the run's; None to evaluate `config.pretrained`.
-    output: folder for evaluation.json, if any.
+
+  Returns:
+    weights, what they are in words; their step, None if they are of no run; dataset, split and its number of images;
+    eval/SCORE and, where there are averages, eval_ema/SCORE for the scores of `evaluate`.
   """
   with distributed.first_process_first("dataset"):
     dataset = open_dataset(config.dataset.name, config.dataset.data_dir)
-  images = dataset.num_examples(config.dataset.eval_split)
+  split = config.dataset.eval_split
+  about = {"dataset": config.dataset.name, "split": split, "images": dataset.num_examples(split)}
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch_size("batch_size", config.batch_size, mesh)
   model = registry.abstract_model(config.model, len(dataset.class_names))
   evaluator = SplitEvaluator(config, dataset, model, mesh)
 
-  results = {}
+  scores = {}
   for prefix, ema in (("eval", False), ("eval_ema", True)):
     if not ema or (workdir and config.ema_decay):
       name, step, weights = load_weights(config, workdir, model, evaluator.layout.weights, ema=ema)
-      results |= {f"{prefix}/{score}": value for score, value in evaluator(**weights).items()}
-  if jax.process_index():
-    return results  # one process tells
-  print(f"{name}: {images} images of {config.dataset.name}/{config.dataset.eval_split}")
-  for name, value in results.items():
-    print(f"  {name:16} {value:.4f}" if name.endswith("loss") else f"  {name:16} {value:.2%}")
-  if output:
-    write_json(output, "evaluation.json", results | {"weights": name, "step": step})
-  return results
-
-
-def write_json(output: str, name: str, content: Any) -> None:
-  """Writes results into the folder `output`, creates it if needed, and prints where they are.
-
-  Raises:
-    UserError: the folder cannot be written.
-  """
-  path = os.path.join(output, name)
-  try:
-    os.makedirs(output, exist_ok=True)
-    with open(path, "w") as file:
-      json.dump(content, file, indent=2)
-  except OSError as error:
-    raise UserError(f"{path} cannot be written: {error.strerror}; choose another --output") from None
-  print(f"wrote {path}")
+      scores |= {f"{prefix}/{score}": value for score, value in evaluator(**weights).items()}
+  return {"weights": name, "step": step} | about | scores

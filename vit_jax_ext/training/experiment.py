@@ -12,10 +12,11 @@ import ml_collections
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import registry
+from vit_jax_ext.models.functional import split_model
 from vit_jax_ext.training import mixup, optimizer, sharding
-from vit_jax_ext.training.losses import attention_cosine_loss
+from vit_jax_ext.training.losses import attention_cosine_loss, make_loss
 from vit_jax_ext.training.partition import Layout
-from vit_jax_ext.training.train_step import TrainState, init_state, make_train_step, split_model
+from vit_jax_ext.training.train_step import TrainState, init_state, make_train_step
 
 
 def number_of_steps(config: ml_collections.ConfigDict, examples: int) -> int:
@@ -108,23 +109,27 @@ class Experiment:
       erasing=config.augment.erasing,
       erase_mixed=config.augment.erase_mixed,
     )
+    loss = make_loss(
+      split_model(self.model)[0],
+      mean=self.variant.mean,
+      std=self.variant.std,
+      label_smoothing=config.label_smoothing,
+      cosine_weight=regularizer.weight,
+      cosine_blocks=regularizer.blocks,
+      linear_probe=config.linear_probe,
+      augment=augment,
+      gather=self.layout.gather,
+    )
+    step = make_train_step(
+      loss,
+      tx,
+      seed=config.seed,
+      ema_decay=config.ema_decay,
+      accumulation_steps=config.optimizer.accumulation_steps,
+      skip_nonfinite=config.skip_nonfinite,
+    )
     self.train_step = jax.jit(
-      make_train_step(
-        split_model(self.model)[0],
-        tx,
-        mean=self.variant.mean,
-        std=self.variant.std,
-        seed=config.seed,
-        label_smoothing=config.label_smoothing,
-        cosine_weight=regularizer.weight,
-        cosine_blocks=regularizer.blocks,
-        ema_decay=config.ema_decay,
-        accumulation_steps=config.optimizer.accumulation_steps,
-        linear_probe=config.linear_probe,
-        skip_nonfinite=config.skip_nonfinite,
-        augment=augment,
-        gather=self.layout.gather,
-      ),
+      step,
       in_shardings=(self.places, self.by_batch),
       out_shardings=(self.places, sharding.replicated(self.mesh)),
       donate_argnums=0,

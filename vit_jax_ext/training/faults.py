@@ -1,9 +1,5 @@
 """What ends a run before its last step: the machine is taken away, the disk is full, the loss is not finite."""
 
-from collections.abc import Iterator
-import contextlib
-import os
-import re
 import signal
 import threading
 
@@ -44,22 +40,6 @@ class Preemption:
     self._calls += 1
     if self._noticed.is_set() or multihost_utils.reached_preemption_sync_point(self._calls):
       raise Preempted
-
-
-@contextlib.contextmanager
-def writing(workdir: str, failure: type[Exception] = Exception) -> Iterator[None]:
-  """Turns the `failure` of what writes into `workdir` into a RunError: libraries raise whatever they stumble over."""
-  try:
-    yield
-  except failure as error:
-    while error.__cause__:
-      error = error.__cause__
-    number = re.search(r"os_error_code='(\d+)'", str(error))  # of TensorStore, at the end of a long story
-    why = os.strerror(int(number[1])) if number else " ".join(str(error).split())[:200] or type(error).__name__
-    raise RunError(
-      f"workdir {workdir} cannot be written ({why}); mend the disk, and the same command continues from the last "
-      "complete checkpoint"
-    ) from None
 
 
 class FiniteWatch:

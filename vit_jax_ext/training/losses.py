@@ -1,12 +1,22 @@
-"""Losses: pure JAX."""
+"""What training makes smaller, and the terms of it: pure JAX."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import optax
 
 from vit_jax_ext.errors import UserError
+from vit_jax_ext.models.functional import normalize, split_model
+from vit_jax_ext.training.optimizer import classifier_mask
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+# (params, stats, batch, key) to the loss, and beside it new statistics and metrics.
+Loss = Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, tuple[Any, Metrics]]]
+Augment = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -55,3 +65,54 @@ def attention_cosine_loss(out: Mapping[str, jax.Array], blocks: Sequence[int]) -
     norms = jnp.sqrt(jnp.maximum(jnp.sum(p * p, 1) * jnp.sum(q * q, 1), 1e-16))
     total += jnp.mean(jnp.sum(p * q, axis=1) / norms)
   return total / len(blocks)
+
+
+def make_loss(
+  graphdef: nnx.GraphDef,
+  *,
+  mean: Sequence[float],
+  std: Sequence[float],
+  label_smoothing: float = 0.0,
+  cosine_weight: float = 0.0,
+  cosine_blocks: Sequence[int] = (),
+  linear_probe: bool = False,
+  augment: Augment | None = None,
+  gather: Callable[[Any], Any] = lambda params: params,
+) -> Loss:
+  """Returns `loss(params, stats, batch, key) -> (loss, (stats, metrics))` of a model in training.
+
+  Args:
+    graphdef: the model's structure.
+    mean, std: normalisation of the images.
+    label_smoothing: see `smoothed_cross_entropy`.
+    cosine_weight: of `attention_cosine_loss` in the loss; 0 switches it off.
+    cosine_blocks: its blocks.
+    linear_probe: only the classifier has gradients; the rest of the model works as in evaluation.
+    augment: called with (key, images, labels), returns images and labels; see `mixup.augment`. The images are
+      normalised, the labels may become probabilities (B, classes).
+    gather: brings the parameters from where they are kept to where they are used, see `partition.Layout`.
+
+  The batch holds `image` uint8 (B, H, W, 3) and `label` int32 (B,); from `key` come augmentation, dropout and
+  stochastic depth. Metrics are scalars: loss, top1 (share; of mixed images those that are taken for the class of which
+  they have the most), and attention_cosine where it is part of the loss.
+  """
+
+  def loss_fn(params, stats, batch, key):
+    if linear_probe:  # the compiler then drops the backward pass of what is frozen
+      trained = classifier_mask(params)
+      params = jax.tree.map(lambda train, param: param if train else jax.lax.stop_gradient(param), trained, params)
+    images, labels = normalize(batch["image"], mean, std), batch["label"]
+    if augment is not None:
+      key, augment_key = jax.random.split(key)
+      images, labels = augment(augment_key, images, labels)
+    model = nnx.merge(graphdef, gather(params), stats)
+    logits, out = model(images, train=not linear_probe, rngs=nnx.Rngs(key))
+    loss = smoothed_cross_entropy(logits, labels, label_smoothing).mean()
+    classes = labels if labels.ndim == 1 else jnp.argmax(labels, axis=-1)
+    metrics = {"top1": jnp.mean(jnp.argmax(logits, axis=-1) == classes)}
+    if cosine_weight:
+      metrics["attention_cosine"] = attention_cosine_loss(out, cosine_blocks)
+      loss += cosine_weight * metrics["attention_cosine"]
+    return loss, (split_model(model)[2], metrics | {"loss": loss})
+
+  return loss_fn

@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vit_jax_ext.training.train_step import split_model
+from vit_jax_ext.models.functional import split_model
 
 # Parameter path -> the dimension that the model axis splits in use, and what lies along it.
 # Packed qkv needs no rule: XLA carries the split of the heads over to it from these (see models.layers.PackedQKV).

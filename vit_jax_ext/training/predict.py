@@ -10,22 +10,19 @@ import numpy as np
 from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import open_dataset
 from vit_jax_ext.models import registry
+from vit_jax_ext.models.functional import normalize, split_model
 from vit_jax_ext.training import sharding
-from vit_jax_ext.training.evaluate import load_weights, write_json
+from vit_jax_ext.training.evaluate import load_weights
 from vit_jax_ext.training.partition import Layout
-from vit_jax_ext.training.train_step import normalize, split_model
 
 
-def predict(
-  config: ml_collections.ConfigDict, workdir: str | None, paths: Sequence[str], output: str | None
-) -> list[dict]:
-  """Prints and returns the five likeliest classes of each image.
+def predict(config: ml_collections.ConfigDict, workdir: str | None, paths: Sequence[str]) -> list[dict]:
+  """Returns the five likeliest classes of each image.
 
   Args:
     config: the experiment's.
     workdir: the run's, whose best checkpoint is used; None for the weights of `config.pretrained`.
     paths: image files.
-    output: folder for predictions.json, if any.
 
   Returns:
     One {"image": path, "classes": {name: probability}} per path, likeliest class first.
@@ -53,9 +50,4 @@ def predict(
   for path, row in zip(paths, np.asarray(probabilities(weights["params"], weights["stats"], images)), strict=True):
     best = np.argsort(-row)[:5]
     predictions.append({"image": path, "classes": {class_names[i]: float(row[i]) for i in best}})
-    print(path)
-    for name, probability in predictions[-1]["classes"].items():
-      print(f"  {probability:7.2%}  {name}")
-  if output:
-    write_json(output, "predictions.json", predictions)
   return predictions

@@ -11,17 +11,19 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from vit_jax_ext.config import claim_workdir
 from vit_jax_ext.console import Progress
 from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import open_dataset
 from vit_jax_ext.errors import Preempted
+from vit_jax_ext.models.functional import split_model
 from vit_jax_ext.pretrained import load_pretrained
 from vit_jax_ext.training import distributed, faults
 from vit_jax_ext.training.evaluate import SplitEvaluator
 from vit_jax_ext.training.experiment import Experiment
-from vit_jax_ext.training.train_step import TrainState, split_model
-from vit_jax_ext.workdir import checkpoint, metrics
+from vit_jax_ext.training.train_step import TrainState
+from vit_jax_ext.workdir import checkpoint
+from vit_jax_ext.workdir.config import claim_workdir
+from vit_jax_ext.workdir.writers import open_writer
 
 
 def _load_pretrained(state: TrainState, graphdef: nnx.GraphDef, source: str | bool) -> TrainState:
@@ -69,7 +71,7 @@ def train(
     claim_workdir(workdir, config)
   if first_step:
     like = checkpoint.abstract(jax.eval_shape(experiment.init), experiment.places)
-    state = checkpoint.restore(workdir, first_step, like)
+    state = TrainState.from_items(checkpoint.restore(workdir, first_step, like.items()))
   with distributed.first_process_first("damaged"):  # by now all processes have inspected them
     checkpoint.set_aside(workdir, damaged)
 
@@ -118,7 +120,7 @@ def train(
   finite = faults.FiniteWatch(experiment.schedule, skip=config.skip_nonfinite)
   with (
     checkpoint.open_checkpoints(workdir, keep_last=config.checkpoint.keep_last) as checkpoints,
-    metrics.open_writer(workdir, first_step) as writer,
+    open_writer(workdir, first_step) as writer,
     new_progress(first_step, total_steps) as progress,
     preemption,
   ):
@@ -155,7 +157,7 @@ def train(
           results = evaluate_state()
           writer.write_scalars(step, results)
         if saved:
-          checkpoint.save(checkpoints, step, state, results if evaluated else None)
+          checkpoint.save(checkpoints, step, state.items(), results if evaluated else None)
           saved_step = step
         if logged or evaluated:
           clock_step, clock = step, time.monotonic()
@@ -164,7 +166,7 @@ def train(
       finite.check()
       step = int(state.step)
       if step > saved_step:
-        checkpoint.save(checkpoints, step, state, None)
+        checkpoint.save(checkpoints, step, state.items(), None)
       raise Preempted(f"preempted at step {step} of {total_steps}; the same command continues from there") from None
   logging.info("finished: %s", ", ".join(f"{name} {value:.4f}" for name, value in results.items()))
   return results

@@ -7,15 +7,10 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from vit_jax_ext.training.losses import attention_cosine_loss, smoothed_cross_entropy
-from vit_jax_ext.training.optimizer import classifier_mask
-
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
-Augment = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+from vit_jax_ext.models.functional import normalize, split_model
+from vit_jax_ext.training.losses import Batch, Loss, Metrics
 
 CALIBRATION_BINS = 15  # of equal width, as in Guo et al. 2017, section 2
 
@@ -39,11 +34,19 @@ class TrainState:
   opt_state: Any
   ema: Any
 
+  def items(self) -> dict[str, Any]:
+    """Returns the parts that a checkpoint keeps apart, so that weights can be read alone; without empty ones."""
+    items = {
+      "model": {"params": self.params, "stats": self.stats},
+      "ema": self.ema,
+      "optimizer": {"step": self.step, "opt_state": self.opt_state},
+    }
+    return {name: item for name, item in items.items() if jax.tree.leaves(item)}
 
-def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, dict, dict]:
-  """Splits a model into its structure and plain dicts of parameters and statistics."""
-  graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-  return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+  @classmethod
+  def from_items(cls, items: dict[str, Any]) -> "TrainState":
+    """Inverse of `items`."""
+    return cls(**items["optimizer"], **items["model"], ema=items.get("ema") or {})
 
 
 def init_state(create_model: Callable[[], nnx.Module], tx: optax.GradientTransformation, use_ema: bool) -> TrainState:
@@ -73,73 +76,30 @@ def activation_bytes(model: nnx.Module, batch_size: int) -> int:
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(found))
 
 
-def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-  """Turns uint8 (B, H, W, 3) into float32 with `mean` and `std` given for images in [0, 1]."""
-  mean, std = (255 * np.asarray(values, np.float32) for values in (mean, std))
-  return (images.astype(jnp.float32) - mean) / std
-
-
 def make_train_step(
-  graphdef: nnx.GraphDef,
+  loss: Loss,
   tx: optax.GradientTransformation,
   *,
-  mean: Sequence[float],
-  std: Sequence[float],
   seed: int,
-  label_smoothing: float = 0.0,
-  cosine_weight: float = 0.0,
-  cosine_blocks: Sequence[int] = (),
   ema_decay: float = 0.0,
   accumulation_steps: int = 1,
-  linear_probe: bool = False,
   skip_nonfinite: bool = False,
-  augment: Augment | None = None,
-  gather: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns `step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
   Args:
-    graphdef: the model's structure.
+    loss: what is made smaller, see `losses.make_loss`.
     tx: the optimizer.
-    mean, std: normalisation of the images.
-    seed: of augmentation, dropout and stochastic depth; step s draws from fold_in(key(seed), s), so nothing random is
-      stored.
-    label_smoothing: see `smoothed_cross_entropy`.
-    cosine_weight: of `attention_cosine_loss` in the loss; 0 switches it off.
-    cosine_blocks: its blocks.
+    seed: of all that is random in the loss; step s draws from fold_in(key(seed), s), so nothing random is stored.
     ema_decay: share of the old average that stays at each step; 0 switches the averages off.
     accumulation_steps: the batch is worked off in this many equal parts, one after another, for one update.
-    linear_probe: only the classifier has gradients; the rest of the model works as in evaluation.
     skip_nonfinite: a step whose loss or gradients are not finite changes nothing but the number of the step.
-    augment: called with (key, images, labels), returns images and labels; see `mixup.augment`. The images are
-      normalised, the labels may become probabilities (B, classes). With accumulation it sees one part at a time.
-    gather: brings the parameters from where they are kept to where they are used, see `partition.Layout`.
 
-  The batch holds `image` uint8 (B, H, W, 3) and `label` int32 (B,). Metrics are scalars: loss, top1 (share; of mixed
-  images those that are taken for the class of which they have the most), grad_norm, and attention_cosine where it is
-  part of the loss.
+  The batch holds `image` uint8 (B, H, W, 3) and `label` int32 (B,). Metrics are those of the loss, averaged over the
+  parts, and grad_norm.
   """
   key = jax.random.key(seed)
-
-  def loss_fn(params, stats, batch, key):
-    if linear_probe:  # the compiler then drops the backward pass of what is frozen
-      trained = classifier_mask(params)
-      params = jax.tree.map(lambda train, param: param if train else jax.lax.stop_gradient(param), trained, params)
-    images, labels = normalize(batch["image"], mean, std), batch["label"]
-    if augment is not None:
-      key, augment_key = jax.random.split(key)
-      images, labels = augment(augment_key, images, labels)
-    model = nnx.merge(graphdef, gather(params), stats)
-    logits, out = model(images, train=not linear_probe, rngs=nnx.Rngs(key))
-    loss = smoothed_cross_entropy(logits, labels, label_smoothing).mean()
-    classes = labels if labels.ndim == 1 else jnp.argmax(labels, axis=-1)
-    metrics = {"top1": jnp.mean(jnp.argmax(logits, axis=-1) == classes)}
-    if cosine_weight:
-      metrics["attention_cosine"] = attention_cosine_loss(out, cosine_blocks)
-      loss += cosine_weight * metrics["attention_cosine"]
-    return loss, (split_model(model)[2], metrics | {"loss": loss})
-
-  grad_fn = jax.grad(loss_fn, has_aux=True)
+  grad_fn = jax.grad(loss, has_aux=True)
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     step_key = jax.random.fold_in(key, state.step)

@@ -1,4 +1,4 @@
-"""Checkpoints of the train state; the only user of orbax."""
+"""Checkpoints of a run; the only user of orbax."""
 
 from collections.abc import Iterator
 import concurrent.futures
@@ -17,11 +17,15 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.training import faults
-from vit_jax_ext.training.train_step import TrainState, split_model
+from vit_jax_ext.models.functional import split_model
 from vit_jax_ext.workdir import digests
+from vit_jax_ext.workdir.disk import writing
 
 BEST_METRIC = "eval/top1"
+
+# Parts of a checkpoint by name, each of which can be read alone: "model" and, where there are averages, "ema", both
+# {"params", "stats"}; and whatever else a training needs to go on. Orbax refuses empty ones.
+Items = dict[str, Any]
 
 
 class Checkpoints(ocp.CheckpointManager):
@@ -32,7 +36,7 @@ class Checkpoints(ocp.CheckpointManager):
     self._outdated = folder / options.todelete_subdir if options.todelete_subdir else None
     self._thread, self._started = concurrent.futures.ThreadPoolExecutor(1), None
 
-  def start(self, step: int, items: dict[str, Any], metrics: dict[str, float] | None) -> None:
+  def start(self, step: int, items: Items, metrics: dict[str, float] | None) -> None:
     """Begins to save, once the one before is saved; the items may change when this returns.
 
     Before it returns orbax works longer than it takes to copy a small model, so with one process a thread calls it.
@@ -70,7 +74,7 @@ class Checkpoints(ocp.CheckpointManager):
       started.result()
 
   def reached_preemption(self, step: int) -> bool:
-    """Leaves that to `faults.Preemption`: asked with other numbers in between, JAX would lose the common step."""
+    """Leaves that to the training: asked with other numbers in between, JAX would lose the common step."""
     return False
 
 
@@ -101,23 +105,13 @@ def open_checkpoints(workdir: str, *, keep_last: int = 1, read_only: bool = Fals
     todelete_subdir=None if read_only else "../outdated",
     async_options=ocp.options.AsyncOptions(post_finalization_callback=write_digests),
   )
-  with faults.writing(workdir):
+  with writing(workdir):
     checkpoints = Checkpoints(folder, options)
   try:
     yield checkpoints
   finally:
-    with faults.writing(workdir):
+    with writing(workdir):
       checkpoints.close()
-
-
-def _items(state: TrainState) -> dict[str, Any]:
-  """Splits a state into parts that can be read alone; orbax refuses empty ones."""
-  items = {
-    "model": {"params": state.params, "stats": state.stats},
-    "ema": state.ema,
-    "optimizer": {"step": state.step, "opt_state": state.opt_state},
-  }
-  return {name: item for name, item in items.items() if jax.tree.leaves(item)}
 
 
 def _folder(workdir: str, step: int) -> epath.Path:
@@ -155,23 +149,23 @@ def set_aside(workdir: str, steps: list[int]) -> None:
   """Moves checkpoints to the folder `damaged`, for whoever wants to look into them; their steps are trained again."""
   for step in steps:
     target = epath.Path(workdir) / "damaged" / f"{step}-{time.strftime('%Y%m%dT%H%M%S')}"
-    with faults.writing(workdir):
+    with writing(workdir):
       target.parent.mkdir(exist_ok=True)
       _folder(workdir, step).rename(target)
     logging.warning("it is now %s", target)
 
 
-def save(checkpoints: Checkpoints, step: int, state: TrainState, metrics: dict[str, float] | None) -> None:
-  """Starts saving `state`, with the `metrics` of this step's evaluation if any; returns once it is off the devices."""
-  with faults.writing(os.fspath(checkpoints.directory.parent)):
-    checkpoints.start(step, _items(state), metrics)
+def save(checkpoints: Checkpoints, step: int, items: Items, metrics: dict[str, float] | None) -> None:
+  """Starts saving `items`, with the `metrics` of this step's evaluation if any; returns once they may change."""
+  with writing(os.fspath(checkpoints.directory.parent)):
+    checkpoints.start(step, items, metrics)
 
 
 def add_metrics(checkpoints: Checkpoints, step: int, metrics: dict[str, float]) -> None:
   """Adds the `metrics` of an evaluation to a checkpoint that was saved without."""
   folder = checkpoints.directory / str(step)
   with (
-    faults.writing(os.fspath(checkpoints.directory.parent)),
+    writing(os.fspath(checkpoints.directory.parent)),
     ocp.Checkpointer(ocp.JsonCheckpointHandler("metrics")) as writer,
   ):
     writer.save(folder / "metrics", args=ocp.args.JsonSave(metrics))
@@ -180,15 +174,11 @@ def add_metrics(checkpoints: Checkpoints, step: int, metrics: dict[str, float]) 
   checkpoints.reload()
 
 
-def restore(workdir: str, step: int, like: TrainState) -> TrainState:
-  """Returns the state saved at `step`, in the shapes, dtypes and shardings of `like` (ShapeDtypeStructs)."""
-  items = {name: ocp.args.StandardRestore(item) for name, item in _items(like).items()}
+def restore(workdir: str, step: int, like: Items) -> Items:
+  """Returns what was saved at `step`, in the shapes, dtypes and shardings of `like` (ShapeDtypeStructs)."""
+  items = {name: ocp.args.StandardRestore(item) for name, item in like.items()}
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-    restored = reader.restore(_folder(workdir, step), args=ocp.args.Composite(**items))
-  model, optimizer = restored["model"], restored["optimizer"]
-  return TrainState(
-    optimizer["step"], model["params"], model["stats"], optimizer["opt_state"], restored.get("ema") or {}
-  )
+    return dict(reader.restore(_folder(workdir, step), args=ocp.args.Composite(**items)))
 
 
 def restore_weights(workdir: str, model: nnx.Module, shardings: Any, *, ema: bool) -> tuple[int, dict[str, Any]]:

@@ -1,0 +1,17 @@
+"""`python main.py ARGS...` in this process."""
+
+import sys
+
+import pytest
+
+import main
+
+
+def execute(*args):
+  """Returns the exit status."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, "argv", ["main.py", *map(str, args)])
+    try:
+      return main.main()
+    except SystemExit as exit:
+      return exit.code

@@ -1,0 +1,132 @@
+"""The commands, one file each: the docstring is the help, `add_arguments` adds the flags, `run` works and prints.
+
+Here stand the flags that several of them have, and what those mean. Whatever needs JAX is imported by `run`, so that
+help and mistakes are told at once.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+import contextlib
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from vit_jax_ext.errors import Preempted, Stopped, UserError
+
+if TYPE_CHECKING:
+  import ml_collections
+
+
+def add_workdir(parser: argparse.ArgumentParser, **kw) -> None:
+  """Adds --workdir."""
+  parser.add_argument("--workdir", **{"metavar": "DIR", "help": "folder of the run: config, checkpoints, metrics"} | kw)
+
+
+def add_workdirs(parser: argparse.ArgumentParser) -> None:
+  """Adds a --workdir that can be repeated; without any it is None."""
+  add_workdir(parser, action="append", help="folder of the run; repeat to compare several")
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+  """Adds --config."""
+  parser.add_argument("--config", metavar="FILE[:ARG]", help="experiment (default: configs/digits.py)")
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+  """Adds --output."""
+  parser.add_argument("--output", metavar="DIR", help="write the results into this folder")
+
+
+def add_thresholds(parser: argparse.ArgumentParser) -> None:
+  """Adds the thresholds of similarity."""
+  parser.add_argument("--threshold", type=float, default=0.8, help="similarity of similar blocks (default: 0.8)")
+  parser.add_argument("--head-threshold", type=float, default=0.5, help="of similar heads (default: 0.5)")
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+  """Adds what one of several processes has to know, see `join_processes`."""
+  group = parser.add_argument_group("several processes, one on each host; see launch/")
+  group.add_argument("--distributed", action="store_true", help="ask SLURM, Open MPI, Cloud TPU or Kubernetes for them")
+  group.add_argument("--coordinator", metavar="HOST:PORT", help="process 0, as all can reach it")
+  group.add_argument("--num-processes", metavar="N", type=int, help="how many there are")
+  group.add_argument("--process-id", metavar="I", type=int, help="which one this is, from 0")
+  group.add_argument("--hosts", metavar="NAME,...", default="", help="where they run, to name those that do not come")
+  group.add_argument("--wait", metavar="SECONDS", type=int, default=300, help="for all to come (default: 300)")
+
+
+def join_processes(args: argparse.Namespace) -> None:
+  """Joins the other processes of a run, if there are any."""
+  if args.distributed or args.coordinator:
+    from vit_jax_ext.training import distributed
+
+    hosts = args.hosts.split(",") if args.hosts else ()
+    distributed.join(args.coordinator, args.num_processes, args.process_id, hosts=hosts, wait=args.wait)
+
+
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+  """While open, Ctrl-C and (until the training itself takes care of it) SIGTERM say that the same command continues."""
+
+  def preempted(*_):
+    print("preempted; the same command continues", file=sys.stderr)
+    sys.exit(Preempted.status)
+
+  signal.signal(signal.SIGTERM, preempted)
+  try:
+    yield
+  except KeyboardInterrupt:
+    raise Stopped("interrupted; the same command continues from the last checkpoint") from None
+
+
+def new_experiment(args: argparse.Namespace) -> tuple["ml_collections.ConfigDict", str]:
+  """Returns the config that --config names, with the command line's values, and the workdir of its run."""
+  from vit_jax_ext import config as configs
+  from vit_jax_ext.workdir.config import default_workdir
+
+  spec = args.config or configs.DEFAULT
+  config = configs.load_config(spec)
+  configs.override(config, args.overrides)
+  smoke = "-smoke" if "smoke=True" in args.overrides else ""
+  return config, args.workdir or default_workdir(spec) + smoke
+
+
+def trained_model(args: argparse.Namespace) -> tuple["ml_collections.ConfigDict", str | None]:
+  """Returns config and workdir of a run; or, with --config.pretrained, what --config says and None.
+
+  Raises:
+    UserError: both are given.
+  """
+  (pair,) = trained_models(args, [args.workdir] if args.workdir else [])
+  return pair
+
+
+def trained_models(
+  args: argparse.Namespace, workdirs: Sequence[str]
+) -> list[tuple["ml_collections.ConfigDict", str | None]]:
+  """Returns `trained_model` for several workdirs; without any, for that of --config."""
+  from vit_jax_ext import config as configs
+  from vit_jax_ext.workdir.config import default_workdir, read_workdir_config
+
+  spec = args.config or configs.DEFAULT
+  if any(override.startswith("pretrained=") for override in args.overrides):
+    if workdirs:
+      raise UserError(f"--workdir={workdirs[0]} and --config.pretrained both name weights; give one of them")
+    pairs = [(configs.load_config(spec), None)]
+  else:
+    pairs = [(read_workdir_config(workdir), workdir) for workdir in workdirs or [default_workdir(spec)]]
+  for config, _ in pairs:
+    configs.override(config, args.overrides)
+  return pairs
+
+
+def print_written(*paths: str) -> None:
+  """Tells where results are."""
+  for path in paths:
+    print(f"wrote {path}")
+
+
+def positive(option: str, value: str) -> int:
+  """Returns the number that an option gives; raises UserError if it is none."""
+  if not value.isdecimal() or int(value) < 1:
+    raise UserError(f"--{option}={value} is no positive number; give one, such as 8")
+  return int(value)

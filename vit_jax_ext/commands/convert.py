@@ -1,0 +1,51 @@
+"""Write a run's weights, or others in any known format, under the authors' names."""
+
+import argparse
+import os
+
+from vit_jax_ext import commands
+from vit_jax_ext.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the command's flags."""
+  commands.add_workdir(parser)
+  parser.add_argument(
+    "source", metavar="SOURCE", nargs="?", help="file, or True for the published weights (default: workdir)"
+  )
+  parser.add_argument("target", metavar="FILE", help="new file, .safetensors or .pth")
+  parser.add_argument("--model", metavar="NAME", help="whose weights they are (default: the run's)")
+  parser.add_argument("--num-classes", metavar="N", type=int, help="another number of classes: a new classifier")
+
+
+def run(args: argparse.Namespace) -> None:
+  """Prints what happened to every array as a table.
+
+  Raises:
+    UserError: a source that does not tell its model, and what `convert` refuses.
+  """
+  import ml_collections
+  import rich.console
+  import rich.table
+
+  from vit_jax_ext import config as configs
+  from vit_jax_ext.pretrained import convert
+  from vit_jax_ext.workdir.config import default_workdir, read_workdir_config
+
+  source = args.source or args.workdir or default_workdir(configs.DEFAULT)
+  if args.model:
+    config = ml_collections.ConfigDict({"model": {"name": args.model, "overrides": {}}})
+  elif os.path.isdir(source):
+    config = read_workdir_config(source)
+  else:
+    raise UserError(f"weights {source} do not tell their model; name it with --model=NAME")
+  configs.override(config, args.overrides)
+  report = convert(source == "True" or source, args.target, config.model, args.num_classes)
+
+  table = rich.table.Table("", "arrays", "names")
+  table.add_row("loaded", str(len(report.loaded)), "")
+  for outcome in ("resized", "reinitialized", "unused"):
+    names = getattr(report, outcome)
+    table.add_row(outcome, str(len(names)), "\n".join(names))
+  rich.console.Console(width=120).print(table)
+  print(f"wrote {args.target}: {config.model.name} from {report.source}")

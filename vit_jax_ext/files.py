@@ -1,0 +1,38 @@
+"""Results on disk: a file takes its place when all of it is written."""
+
+from collections.abc import Iterator
+import contextlib
+import json
+import os
+from typing import IO, Any
+
+from vit_jax_ext.errors import UserError
+
+
+@contextlib.contextmanager
+def replace(folder: str, name: str, option: str = "output", *, binary: bool = False) -> Iterator[IO]:
+  """Opens a file in `folder`, which is made if needed, for writing; it takes its place when all is written.
+
+  Args:
+    folder, name: of the file.
+    option: of the command line, which names the folder.
+    binary: for bytes, not text.
+
+  Raises:
+    UserError: the folder cannot be written.
+  """
+  path = os.path.join(folder, name)
+  try:
+    os.makedirs(folder, exist_ok=True)
+    with open(f"{path}.part", "wb") if binary else open(f"{path}.part", "w", newline="", encoding="utf-8") as file:
+      yield file
+    os.replace(f"{path}.part", path)
+  except OSError as error:
+    raise UserError(f"{path} cannot be written: {error.strerror}; choose another --{option}") from None
+
+
+def write_json(folder: str, name: str, content: Any, option: str = "output") -> str:
+  """Writes a JSON file as `replace` does, and returns its path."""
+  with replace(folder, name, option) as file:
+    json.dump(content, file, indent=2)
+  return os.path.join(folder, name)

@@ -1,0 +1,76 @@
+"""The config of a run in its workdir: where that is, what it says, and that a run goes on with the config it has."""
+
+import json
+import os
+import pathlib
+
+import ml_collections
+
+from vit_jax_ext.config import flatten
+from vit_jax_ext.errors import UserError
+from vit_jax_ext.files import write_json
+
+FILE = "config.json"
+# What may differ when a run is continued: it changes where and how often, not what is computed.
+FREE_KEYS = ("mesh", "checkpoint", "log_every_steps", "eval_every_steps", "dataset.data_dir",
+             "skip_nonfinite")  # fmt: skip
+
+
+def default_workdir(spec: str) -> str:
+  """Returns the fixed folder of a config, PATH or PATH:ARGUMENT, under the user's cache."""
+  cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+  path, _, argument = spec.partition(":")
+  name = pathlib.Path(path).stem + (f"-{argument}" if argument else "")
+  return os.path.join(cache, "vit_jax_ext", name.replace(os.sep, "_"))
+
+
+def read_workdir_config(workdir: str) -> ml_collections.ConfigDict:
+  """Returns the config that a run saved.
+
+  Raises:
+    UserError: the folder holds none, or it is damaged.
+  """
+  path = os.path.join(workdir, FILE)
+  try:
+    with open(path) as file:
+      return ml_collections.ConfigDict(json.load(file))
+  except FileNotFoundError:
+    raise UserError(f"workdir {workdir} holds no run ({FILE} is missing); train one with --workdir={workdir}") from None
+  except ValueError as error:
+    raise UserError(f"{path} is damaged ({error}); restore it, or train anew in another workdir") from None
+
+
+def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
+  """Saves the config of a new run, or checks that the run in `workdir` is the same one.
+
+  Raises:
+    UserError: the folder cannot be written, belongs to another config, or holds something else.
+  """
+  check_workdir(workdir, config)
+  if not os.path.exists(os.path.join(workdir, FILE)):
+    write_json(workdir, FILE, json.loads(config.to_json_best_effort()), option="workdir")
+
+
+def check_workdir(workdir: str, config: ml_collections.ConfigDict, option: str = "workdir") -> None:
+  """Checks that a run in `workdir`, if there is one, has this config.
+
+  Args:
+    workdir: the run's.
+    config: the config of the run that shall be continued.
+    option: of the command line, on which the folder depends.
+
+  Raises:
+    UserError: it has another one, or the folder holds something else.
+  """
+  if not os.path.exists(os.path.join(workdir, FILE)):
+    if os.path.exists(os.path.join(workdir, "checkpoints")):
+      raise UserError(f"workdir {workdir} holds checkpoints without a {FILE}; choose another --{option}")
+    return
+  new = json.loads(config.to_json_best_effort())
+  old, new = flatten(read_workdir_config(workdir).to_dict()), flatten(new)
+  for key in sorted(old):  # a key that did not exist then has its default now, which changes nothing
+    if not key.startswith(FREE_KEYS) and old.get(key) != new.get(key):
+      raise UserError(
+        f"workdir {workdir} was made with config.{key}={old.get(key)}, this run has {new.get(key)}; "
+        f"choose another --{option}, or the config that made it"
+      )
