@@ -7,8 +7,8 @@ SIZE, and the paper's ImageNet top-1: tiny 82.8, small 83.6, base 84.2.
 
 from configs import common
 
-# Images per GPU, drop path, weight decay and average of the weights: README's commands.
-SIZES = {
+# Size -> images per GPU, stochastic depth, weight decay and average of the weights: README's commands.
+VARIANTS = {
   "tiny": (256, 0.2, 0.05, 0.99984),
   "small": (256, 0.4, 0.05, 0.99984),
   "base": (128, 0.5, 0.1, 0.99992),
@@ -16,19 +16,13 @@ SIZES = {
 
 
 def get_config(size: str = "tiny"):
-  """Returns the config of one size.
-
-  Raises:
-    ValueError: an unknown one.
-  """
-  if size not in SIZES:
-    raise ValueError(f"choose one of {', '.join(SIZES)}")
+  """Returns the config of one size."""
   return recipe(f"cswin_{size}", size)
 
 
 def recipe(model: str, size: str):
   """Returns the recipe of a size; configs/boat.py trains BOAT on CSWin with it."""
-  per_gpu, drop_path, weight_decay, ema_decay = SIZES[size]
+  per_gpu, drop_path, weight_decay, ema_decay = VARIANTS[size]
   config = common.deit_recipe(model, batch_size=8 * per_gpu)  # --lr 2e-3 or 1e-3: 5e-4 * B / 512
   config.model.overrides.drop_path_rate = drop_path
   config.optimizer.weight_decay = weight_decay

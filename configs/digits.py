@@ -11,7 +11,7 @@ from configs import common
 SWIN = dict(image_size=32, embed_dim=48, depths=(2, 2), num_heads=(3, 6), window_size=4, mlp_ratio=2)
 CSWIN = dict(image_size=32, embed_dim=48, depth=(2, 2), num_heads=(4, 8), split_size=(2, 4), mlp_ratio=2)
 CLUSTERS = dict(cluster_size=8, overlap=3)
-MODELS = {
+VARIANTS = {
   "crossvit": (
     "crossvit_tiny_224",
     dict(patch_size=(4, 6), embed_dim=(48, 96), num_heads=(3, 3), depth=((1, 2), (1, 2)), mlp_ratio=(2, 2)),
@@ -26,15 +26,9 @@ MODELS = {
 
 
 def get_config(family: str = "crossvit"):
-  """Returns the config of one family.
-
-  Raises:
-    ValueError: an unknown family.
-  """
-  if family not in MODELS:
-    raise ValueError(f"choose one of {', '.join(MODELS)}")
+  """Returns the config of one family."""
   config = common.base_config()
-  config.model.name, overrides = MODELS[family]
+  config.model.name, overrides = VARIANTS[family]
   config.model.overrides.update({"image_size": 24} | overrides)
 
   config.dataset.name = "digits"

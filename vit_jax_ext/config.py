@@ -17,20 +17,23 @@ DEFAULT = str(CONFIGS / "digits.py")
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
-  """Runs `get_config(argument)` of a config file.
+  """Runs `get_config(argument)` of a config file; the file's VARIANTS, if it has some, are the arguments it takes.
 
   Args:
     spec: PATH or PATH:ARGUMENT, e.g. "configs/digits.py:crossvit".
 
   Raises:
-    UserError: the file is missing or is no config.
+    UserError: the file is missing, is no config, or does not know the argument.
   """
   path, _, argument = spec.partition(":")
   module = _load_module(path)
+  variants = getattr(module, "VARIANTS", None)
+  if argument and variants and argument not in variants:
+    raise UserError(f"config {path} does not know the argument {argument!r}; choose one of {', '.join(variants)}")
   try:
     return module.get_config(argument) if argument else module.get_config()
   except (KeyError, ValueError) as error:
-    raise UserError(f"config {path} does not know the argument {argument!r}: {error.args[0]}") from None
+    raise UserError(f"config {path} does not know the argument {argument!r}; {error.args[0]}") from None
 
 
 def read_study(spec: str) -> tuple[str, dict[str, str]]:

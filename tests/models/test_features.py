@@ -1,4 +1,4 @@
-"""What the README says of `out` and of pooled features, of every family."""
+"""What docs/models.md says of `out` and of pooled features, of every family."""
 
 import functools
 import pathlib
@@ -10,7 +10,7 @@ import pytest
 
 from vit_jax_ext.models import registry
 
-README = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+DOCS = (pathlib.Path(__file__).parents[2] / "docs" / "models.md").read_text()
 FUSIONS = [("crossvit_9_dagger_224", {"fusion": fusion}) for fusion in ("pairwise", "class_token", "none")]
 # Model, overrides, width of the pooled features, rows of the table that describe its `out`.
 FAMILIES = [
@@ -26,10 +26,10 @@ FAMILIES = [
 
 
 def documented(rows: str) -> list[str]:
-  """Returns the names that the README's table has for a model, as regular expressions."""
+  """Returns the names that the page's table has for a model, as regular expressions."""
   names = []
   for row in rows.split("|"):
-    (line,) = re.findall(rf"^\| {row} \|[^|]*\|(.*)\|$", README, re.M)
+    (line,) = re.findall(rf"^\| {row} \|[^|]*\|(.*)\|$", DOCS, re.M)
     names += [re.sub(r"\\\{\w+\\\}", r"\\d+", re.escape(name)) for name in re.findall(r"`([^`]+)`", line)]
   return names
 

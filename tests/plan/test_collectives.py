@@ -111,7 +111,7 @@ def test_model_axis_exchanges_the_residual_stream_four_times_a_block(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", digits.MODELS)
+@pytest.mark.parametrize("family", digits.VARIANTS)
 def test_model_axis_leaves_only_parameters_to_gather(family):
   """In all families: parameters, and the gradients of packed qkv. Re-attention mixes the heads, so its maps travel."""
   config = digits.get_config(family)

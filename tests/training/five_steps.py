@@ -27,7 +27,7 @@ def five_steps(family, mesh, **overrides):
   front of BatchNorm) float32 leaves rounding errors, and Adam's usual epsilon of 1e-8 blows them up to the learning
   rate. 1e-3 is above them, and below most gradients.
   """
-  name, options = digits.MODELS[family]
+  name, options = digits.VARIANTS[family]
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, eps=1e-3))
 
   def create():

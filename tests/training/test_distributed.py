@@ -201,7 +201,7 @@ def test_one_process_is_preempted(coordinator, tmp_path, data_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", digits.MODELS)
+@pytest.mark.parametrize("family", digits.VARIANTS)
 def test_two_processes_compute_what_one_does(family, coordinator, tmp_path):
   """Two of four devices each on data=2 x fsdp=2 x model=2, against one device."""
 

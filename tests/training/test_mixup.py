@@ -109,12 +109,12 @@ def test_cutmix_boxes_are_timms():
 @pytest.mark.parametrize("alpha", [0.1, 0.8, 1.0])
 def test_share_is_beta_distributed(alpha):
   images, labels = jnp.stack([jnp.ones((1, 1, 3)), jnp.zeros((1, 1, 3))]), jnp.arange(2)
-  number = 20_000
+  number = 5_000  # their distribution is within 0.023 of the true one with 99% probability (Kolmogorov and Smirnov)
   share, _ = many(lambda key: mix(key, images, labels, alpha, 0.0), number)
   ours, theirs = np.sort(share[:, 0, 0, 0, 0]), np.sort(np.random.default_rng(0).beta(alpha, alpha, 200_000))
   points = np.linspace(0.01, 0.99, 99)
   cumulated = (np.searchsorted(values, points) / len(values) for values in (ours, theirs))
-  np.testing.assert_allclose(*cumulated, atol=0.015)
+  np.testing.assert_allclose(*cumulated, atol=0.025)
 
 
 def test_switch():

@@ -73,7 +73,7 @@ def test_all_families_train_the_same_on_every_mesh(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", digits.MODELS)
+@pytest.mark.parametrize("family", digits.VARIANTS)
 def test_all_families_train_the_same_on_every_mesh_in_float64(family, x64):
   """BOAT agrees in this precision alone: near-ties of its clustering flip in float32."""
   check_agreement(family, MESHES, "float64")
@@ -88,9 +88,9 @@ def share_of_largest_device(model, devices=8):
   return sum(jax.tree.leaves(here)) * devices / sum(x.size for x in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("family", digits.MODELS)
+@pytest.mark.parametrize("family", digits.VARIANTS)
 def test_each_of_eight_devices_keeps_an_eighth_of_small_models(family):
-  name, overrides = digits.MODELS[family]
+  name, overrides = digits.VARIANTS[family]
   spec = dict(name=name, overrides={"image_size": 24} | overrides)
   assert 1 <= share_of_largest_device(registry.abstract_model(spec, 10)) <= 1.1
 

@@ -17,7 +17,6 @@ from vit_jax_ext.training import sharding
 from vit_jax_ext.training.experiment import number_of_steps
 from vit_jax_ext.training.train import train
 from vit_jax_ext.workdir import checkpoint
-from vit_jax_ext.workdir.writers import JsonlWriter
 
 
 def weights(config, workdir, *, ema=False):
@@ -112,14 +111,6 @@ def test_finished_run_is_evaluated_again_and_nothing_changes(finished):
   before = (workdir / "metrics.jsonl").read_text()
   assert train(config, str(workdir)) == results
   assert (workdir / "metrics.jsonl").read_text() == before
-
-
-def test_metrics_after_the_last_checkpoint_are_dropped(finished, tmp_path):
-  (tmp_path / "metrics.jsonl").write_text('{"step": 2, "a": 1}\n{"step": 4, "a": 2}\n{"step": 6, "a"')
-  writer = JsonlWriter(str(tmp_path), first_step=3)
-  writer.write_scalars(4, {"a": np.float32(3)})
-  writer.close()
-  assert read_metrics(tmp_path) == [{"step": 2, "a": 1}, {"step": 4, "a": 3.0}]
 
 
 def test_another_config_is_refused_and_nothing_overwritten(finished):

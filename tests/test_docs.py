@@ -1,0 +1,120 @@
+"""README and docs: the parser takes every command, every flag stands somewhere, every link leads somewhere."""
+
+import argparse
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import main
+from tests.command_line import execute
+from vit_jax_ext import config as configs
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.name: page.read_text() for page in PAGES}
+FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
+
+
+def commands(text):
+  """Yields the command lines of a page, those in its code blocks and those in running text."""
+  for block in FENCED.findall(text):
+    yield from re.findall(r"^\$? ?(python main\.py.*)$", block, re.M)
+  for line in re.findall(r"`(python main\.py[^`]*)`", FENCED.sub("", text)):
+    yield " ".join(line.split())
+
+
+LINES = sorted({line for text in TEXTS.values() for line in commands(text)})
+
+
+def anchors(text):
+  """Returns the places in a page that links may name, as GitHub makes them of headings."""
+  headings = re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.M)
+  return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_command_is_understood(line, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  argv = shlex.split(line)[2:]
+  if {"-h", "--help"} & set(argv):
+    assert execute(*argv) == 0
+    return
+  args = main.parse_args(argv)
+  spec = getattr(args, "config", None)
+  if spec and pathlib.Path(spec.partition(":")[0]).is_file():  # some stand for any config
+    configs.override(configs.load_config(spec), args.overrides)
+
+
+def test_commands_are_found():
+  assert len(LINES) > 25
+  assert {main.parse_args(shlex.split(line)[2:]).command for line in LINES if "help" not in line} == set(PARSERS)
+
+
+@pytest.mark.parametrize("bad", ["python main.py predikt x", "python main.py train --wrkdir=x"])
+def test_a_wrong_command_would_be_seen(bad):
+  assert execute(*shlex.split(bad)[2:]) == 2
+
+
+def parsers():
+  (choices,) = (a for a in main.make_parser()._actions if isinstance(a, argparse._SubParsersAction))
+  return choices.choices
+
+
+PARSERS = parsers()
+FLAGS = [
+  (name, flag)
+  for name, parser in PARSERS.items()
+  for action in parser._actions
+  for flag in action.option_strings
+  if flag not in ("-h", "--help")
+]
+
+
+@pytest.mark.parametrize(("command", "flag"), FLAGS)
+def test_every_flag_is_documented(command, flag):
+  pages = [text for text in TEXTS.values() if re.search(rf"{re.escape(flag)}(?![\w-])", text)]
+  assert any(re.search(rf"\b{command}\b", text) for text in pages), f"{flag} of {command} stands on no page about it"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+  for target in re.findall(r"\]\(([^)]+)\)", FENCED.sub("", page.read_text())):
+    if not target.startswith("https://"):
+      path, _, anchor = target.partition("#")
+      linked = page.parent / path if path else page
+      assert linked.exists(), f"{page.name} links to {target}"
+      assert not anchor or anchor in anchors(linked.read_text()), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_is_long(page):
+  assert len(page.read_text().splitlines()) <= 200
+
+
+def test_every_page_is_linked():
+  assert not [page.name for page in PAGES[1:] if f"(docs/{page.name}" not in TEXTS["README.md"]]
+
+
+def test_the_tree_names_every_file():
+  (tree,) = (block for block in FENCED.findall(TEXTS["README.md"]) if "main.py   " in block)
+  files = [*(ROOT / "vit_jax_ext").rglob("*.py"), *(ROOT / "configs").glob("*.py"), *(ROOT / "launch").iterdir()]
+  missing = []
+  for path in files:
+    name = path.stem if path.parent.name == "commands" else path.name
+    if not path.name.startswith("__init__") and not re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", tree):
+      missing.append(str(path))
+  assert not missing
+  existing = {path.name for path in ROOT.rglob("*.py")} | {"test_FILE.py"}
+  assert set(re.findall(r"\w+\.py\b", tree)) <= existing
+
+
+def test_help_is_quick():
+  """0.04 s on an idle machine: nothing heavy is imported before a command runs."""
+  heavy = {"jax", "numpy", "tensorflow", "ml_collections", "rich"}
+  code = f"import sys, main; main.make_parser(); print({heavy} & set(sys.modules))"
+  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+  assert done.stdout.strip() == "set()"
