@@ -55,6 +55,7 @@ def base_config() -> ConfigDict:
   config.optimizer.warmup_prefix = True  # the cosine begins after the warm-up; False: under it, from the first step
   config.optimizer.cooldown_epochs = 0.0  # the last of the training, at the final learning rate
   config.optimizer.per_epoch = False  # the learning rate changes between epochs only
+  config.optimizer.epochs_behind = 0  # with per_epoch: epoch e has the learning rate of epoch e - this
   config.optimizer.weight_decay = 0.05
   config.optimizer.clip_norm = config_dict.placeholder(float)
   config.optimizer.accumulation_steps = 1
@@ -108,7 +109,8 @@ def deit_recipe(model: str, *, batch_size: int) -> ConfigDict:
   config.optimizer.final_learning_rate = 1e-5  # --min-lr
   config.optimizer.warmup_epochs = 5.0
   config.optimizer.warmup_prefix = False  # timm's cosine
-  config.optimizer.per_epoch = True  # timm's scheduler is stepped once per epoch
+  config.optimizer.per_epoch = True  # timm's scheduler is stepped once per epoch,
+  config.optimizer.epochs_behind = 1  # by main.py after epoch e with e, not e + 1
   config.optimizer.weight_decay = 0.05
   config.label_smoothing = 0.1
 
@@ -126,6 +128,7 @@ def deit_recipe(model: str, *, batch_size: int) -> ConfigDict:
   config.eval_every_steps = 2500
   config.checkpoint.every_steps = 2500
   config.when_smoke.dataset = ConfigDict(dict(name="synthetic", shuffle_buffer=64))
+  config.when_smoke.augment = ConfigDict(dict(mixing_batch=4))
   return config
 
 

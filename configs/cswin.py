@@ -30,6 +30,7 @@ def recipe(model: str, size: str):
   config.optimizer.warmup_epochs = 20.0
   config.total_epochs = 310  # --epochs 300 and --cooldown-epochs 10, the defaults
   config.optimizer.cooldown_epochs = 10.0
+  config.optimizer.epochs_behind = 0  # main.py steps the scheduler with epoch + 1
   config.augment.interpolation = "random"  # --train-interpolation's default
   config.augment.repeats = 1  # not used
   config.augment.mixing_batch = per_gpu

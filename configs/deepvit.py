@@ -18,6 +18,8 @@ WEIGHTS_OF_L = (
 def get_config(variant: str = "32b"):
   """Returns the config of one variant."""
   config = recipe(f"deepvit_{variant}")
+  config.model.overrides.statistics_batch = 32  # of one GPU: sync_bn: false, batch_size: 32
+  config.when_smoke.model.overrides.statistics_batch = 4
   if variant == "32b":
     config.model.overrides.dtype = "bfloat16"  # amp, in this script alone
     config.augment.mixup = 0.1
@@ -42,6 +44,7 @@ def recipe(model: str):
   # lr: 5e-4, whatever the batch: no rule for others is given. Linear as in the other papers, from the assumed batch.
   config.optimizer.learning_rate = 5e-4 * config.get_ref("batch_size").to_float() / 256
   config.optimizer.warmup_epochs = 5.0
+  config.optimizer.epochs_behind = 0  # train.py steps the scheduler with epoch + 1
   config.model.overrides.drop_path_rate = 0.2
   config.model.overrides.dtype = "float32"  # amp: false
   config.augment.interpolation = "random"  # train_interpolation: bilinear or bicubic, drawn for each image

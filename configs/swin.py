@@ -27,6 +27,7 @@ def recipe(model: str, size: str):
   config.optimizer.final_learning_rate = 5e-6 * config.get_ref("batch_size").to_float() / 512
   config.optimizer.warmup_epochs = 20.0
   config.optimizer.per_epoch = False  # t_in_epochs=False
+  config.optimizer.epochs_behind = 0
   config.optimizer.clip_norm = 5.0
   config.augment.repeats = 1  # not used
   config.when_smoke.model = dict(

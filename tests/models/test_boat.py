@@ -150,6 +150,7 @@ def attention(clustering="balanced", overlap=2, grid=(4, 6)):
   module = boat.FeatureAttention(8, 2, grid, 0.5, options, **kw)
   # A kernel of one number in the middle: the position term is the value of the token itself.
   module.get_v.kernel[...] = jnp.zeros((3, 3, 1, 8)).at[1, 1].set(1.0)
+  module.get_v.bias[...] = jnp.zeros(8)
   return module
 
 

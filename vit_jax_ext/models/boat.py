@@ -74,7 +74,7 @@ def balanced_clusters(features: jax.Array, levels: int, iterations: int = 2) -> 
     clusters: (..., tokens) int, the cluster of each token, all of the same size.
   """
   *batch, tokens, dim = features.shape
-  x = jax.lax.stop_gradient(features).astype(jnp.promote_types(features.dtype, jnp.float32))
+  x = jax.lax.stop_gradient(features).astype(layers.widest(features.dtype))
   order = jnp.broadcast_to(jnp.arange(tokens), (*batch, tokens))
   for level in range(levels):
     x = x.reshape(*batch, 2**level, -1, dim)
@@ -98,7 +98,7 @@ def kmeans_clusters(features: jax.Array, num_clusters: int, iterations: int = 2)
   centroid of largest cosine and takes the clusters' means, scaled to length 1. Shapes as in `balanced_clusters`.
   """
   *batch, _, dim = features.shape
-  x = jax.lax.stop_gradient(features).astype(jnp.promote_types(features.dtype, jnp.float32))
+  x = jax.lax.stop_gradient(features).astype(layers.widest(features.dtype))
   centroids = _normalise(x.reshape(*batch, num_clusters, -1, dim).mean(axis=-2))
   for _ in range(iterations):
     nearest = _einsum("...nd,...kd->...nk", x, centroids).argmax(axis=-1)
@@ -169,7 +169,7 @@ class FeatureAttention(nnx.Module):
 
   def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, rngs: nnx.Rngs | None, mask: jax.Array | None = None):
     """Attention over the last two axes (tokens, head_dim), to the keys where `mask` (..., queries, keys) is true."""
-    logits = jnp.einsum("...qd,...kd->...qk", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
+    logits = jnp.einsum("...qd,...kd->...qk", q, k, preferred_element_type=layers.widest(q.dtype))
     attn = jax.nn.softmax(logits * self.scale, axis=-1, where=mask)
     return jnp.einsum("...qk,...kd->...qd", drop(self.attn_drop, attn, rngs).astype(v.dtype), v)
 

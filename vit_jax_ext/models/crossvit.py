@@ -47,8 +47,7 @@ class ConvPatchEmbed(nnx.Module):
     for i, (kernel, stride, pad) in enumerate(CONV_STEMS[patch_size]):
       if i:
         self.proj.append(jax.nn.relu)
-      conv = Conv(widths[i], widths[i + 1], (kernel, kernel), strides=stride, padding=((pad, pad), (pad, pad)), **kw)
-      self.proj.append(conv)
+      self.proj.append(Conv(widths[i], widths[i + 1], kernel, stride=stride, padding=pad, **kw))
 
   def __call__(self, images: jax.Array) -> jax.Array:
     x = self.proj(images)
@@ -103,7 +102,7 @@ class FusionBlock(nnx.Module):
 
 def projection(dim_in: int, dim_out: int, **kw) -> Sequential:
   """The paper's f and g between widths: LayerNorm, GELU, Linear."""
-  return Sequential([LayerNorm(dim_in, **kw), layers.gelu, Linear(dim_in, dim_out, **kw)])
+  return Sequential([LayerNorm(dim_in, stream=True, **kw), layers.gelu, Linear(dim_in, dim_out, **kw)])
 
 
 class MultiScaleBlock(nnx.Module):
@@ -206,7 +205,7 @@ class AllAttentionFusion(MultiScaleBlock):
 
   def fuse(self, xs, rngs):
     def project(x, of_class, of_patches):
-      return jnp.concatenate([of_class(x[:, :1]), of_patches(x[:, 1:])], axis=1)
+      return jnp.concatenate([of_class(x[:, :1]), of_patches(x[:, 1:])], axis=1).astype(x.dtype)
 
     ys = [project(xs[b], self.projs[b], self.patch_projs[b]) for b in (1, 0)]
     o, attn = layers.call(self.fusion, jnp.concatenate(ys, axis=1), rngs, remat=self.remat)
@@ -250,7 +249,7 @@ class PairwiseFusion(ClassTokenFusion):
       grid = other[:, 1:].reshape(batch, *self.grids[1 - b], width)
       grid = jax.image.resize(grid, (batch, *self.grids[b], width), "bilinear", antialias=False)
       other = jnp.concatenate([other[:, :1], grid.reshape(batch, -1, width)], axis=1)
-      fused.append(self.revert_projs[b](own + other))
+      fused.append(self.revert_projs[b](own + other).astype(xs[b].dtype))
     return fused, {}
 
 
@@ -307,7 +306,6 @@ class CrossViT(nnx.Module):
     self.sizes = branch_sizes(image_size, patch_size)
     self.grids = tuple(layers.patch_grid(size, patch) for size, patch in zip(self.sizes, patch_size, strict=True))
     self.drop_rates = (drop_rate, attn_drop_rate, drop_path_rate)
-    self.dtype = kw["dtype"]
 
     embed = ConvPatchEmbed if multi_conv else layers.PatchEmbed
     rngs, param_dtype = kw["rngs"], kw["param_dtype"]
@@ -329,8 +327,8 @@ class CrossViT(nnx.Module):
                       rates[starts[k]:starts[k + 1]], remat, **kw)
       for k in range(len(depth))
     )  # fmt: skip
-    self.norm = nnx.List(LayerNorm(dim, **kw) for dim in embed_dim)
-    self.head = nnx.List(Linear(dim, num_classes, **kw) for dim in embed_dim if num_classes)
+    self.norm = nnx.List(LayerNorm(dim, stream=True, **kw) for dim in embed_dim)
+    self.head = nnx.List(layers.Head(dim, num_classes, **kw) for dim in embed_dim if num_classes)
 
   def __call__(
     self, images: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None
@@ -350,7 +348,6 @@ class CrossViT(nnx.Module):
     """
     layers.check_images(images, self.image_size)
     rngs = layers.runtime_rngs(train, rngs, *self.drop_rates)
-    images = images.astype(self.dtype)
     xs = []
     for embed, size, cls_token, pos_embed in zip(
       self.patch_embed, self.sizes, self.cls_token, self.pos_embed, strict=True
@@ -367,7 +364,6 @@ class CrossViT(nnx.Module):
     out |= {f"pre_logits.{b}": x for b, x in enumerate(pre_logits)}
     if not self.head:
       return jnp.concatenate(pre_logits, axis=-1), out
-    float32 = jnp.promote_types(self.dtype, jnp.float32)
-    logits = [head(x).astype(float32) for head, x in zip(self.head, pre_logits, strict=True)]
+    logits = [head(x) for head, x in zip(self.head, pre_logits, strict=True)]
     out |= {f"logits.{b}": x for b, x in enumerate(logits)}
     return (logits[0] + logits[1]) / 2, out

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers
-from vit_jax_ext.models.layers import Conv, Sequential, drop
+from vit_jax_ext.models.layers import Conv, Linear, Sequential, drop
 from vit_jax_ext.models.pyramid import Grid, Intermediates, LayerNorm, Pyramid, PyramidBlock
 
 
@@ -49,18 +49,18 @@ class StripeAttention(nnx.Module):
     return layers.merge_windows(x, self.grid, self.stripe).reshape(batch, tokens, heads * width)
 
 
-class JoinShares(nnx.Linear):
+class JoinShares(Linear):
   """Projection of the stripes' shares of the channels, (..., shares, C / shares) to (..., C).
 
   Unpacks its kernel as PackedQKV does, and for the same reason.
   """
 
   def __init__(self, dim: int, **kw):
-    super().__init__(dim, dim, kernel_init=layers.token_init, **kw)
+    super().__init__(dim, dim, **kw)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    kernel, bias = (param[...].astype(self.dtype) for param in (self.kernel, self.bias))
-    return jnp.tensordot(x.astype(self.dtype), kernel.reshape(*x.shape[-2:], -1), 2) + bias
+    kernel = self.kernel[...].astype(self.dtype).reshape(*x.shape[-2:], -1)
+    return layers.add_bias(jnp.tensordot(x.astype(self.dtype), kernel, 2), self.bias[...])
 
 
 class CSWinBlock(PyramidBlock):
@@ -105,8 +105,8 @@ class MergeBlock(nnx.Module):
 
   def __init__(self, dim: int, grid: Grid, **kw):
     self.grid = grid
-    self.conv = Conv(dim, 2 * dim, (3, 3), strides=2, padding=((1, 1), (1, 1)), **kw)
-    self.norm = LayerNorm(2 * dim, **kw)
+    self.conv = Conv(dim, 2 * dim, 3, stride=2, padding=1, **kw)
+    self.norm = LayerNorm(2 * dim, stream=True, **kw)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return self.norm(flatten(self.conv(x.reshape(x.shape[0], *self.grid, -1))))
@@ -130,8 +130,8 @@ class CSWin(Pyramid):
     super().__init__(**kw)
 
   def add_embedding(self, dim: int, drop_rate: float, **kw) -> None:
-    stem = Conv(3, dim, (7, 7), strides=self.patch_size, padding=((2, 2), (2, 2)), **kw)
-    self.stage1_conv_embed = Sequential([stem, flatten, LayerNorm(dim, **kw)])
+    stem = Conv(3, dim, 7, stride=self.patch_size, padding=2, **kw)
+    self.stage1_conv_embed = Sequential([stem, flatten, LayerNorm(dim, stream=True, **kw)])
 
   def embed(self, images: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
     return self.stage1_conv_embed(images)

@@ -13,62 +13,47 @@ import jax.numpy as jnp
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers
+from vit_jax_ext.models.batch_norm import BatchNorm
 from vit_jax_ext.models.isotropic import IsotropicTransformer
 from vit_jax_ext.models.layers import Attention, Block, Conv, drop
-
-
-def batch_norm(num_features: int, *, axis: int = -1, dtype: jnp.dtype, **kw) -> nnx.BatchNorm:
-  """BatchNorm as torch has it (momentum 0.1 = decay 0.9) in at least float32.
-
-  The running variance is the biased one; torch's is larger by 1 / (elements - 1), below 1e-4 at 224 pixels.
-  """
-  dtype = jnp.promote_types(dtype, jnp.float32)
-  norm = nnx.BatchNorm(num_features, axis=axis, momentum=0.9, epsilon=1e-5, dtype=dtype, **kw)
-  # nnx would keep float32 statistics of float64 maps.
-  norm.mean, norm.var = (nnx.BatchStat(stat[...].astype(dtype)) for stat in (norm.mean, norm.var))
-  return norm
 
 
 class ConvStem(nnx.Module):
   """Patch embedding of the s and l models: two convolutions of 64 channels at half resolution, then the projection."""
 
-  def __init__(self, patch_size: int, dim: int, **kw):
-    self.conv1 = Conv(3, 64, (7, 7), strides=2, padding=((3, 3), (3, 3)), use_bias=False, **kw)
-    self.bn1 = batch_norm(64, **kw)
-    self.conv2 = Conv(64, 64, (3, 3), padding=((1, 1), (1, 1)), use_bias=False, **kw)
-    self.bn2 = batch_norm(64, **kw)
-    self.proj = Conv(64, dim, (patch_size // 2, patch_size // 2), strides=patch_size // 2, padding="VALID", **kw)
+  def __init__(self, patch_size: int, dim: int, statistics_batch: int | None, **kw):
+    self.conv1 = Conv(3, 64, 7, stride=2, padding=3, use_bias=False, **kw)
+    self.bn1 = BatchNorm(64, statistics_batch=statistics_batch, **kw)
+    self.conv2 = Conv(64, 64, 3, padding=1, use_bias=False, **kw)
+    self.bn2 = BatchNorm(64, statistics_batch=statistics_batch, **kw)
+    self.proj = Conv(64, dim, patch_size // 2, stride=patch_size // 2, **kw)
 
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-    x = jax.nn.relu(self.bn1(self.conv1(images), use_running_average=not train))
-    x = jax.nn.relu(self.bn2(self.conv2(x), use_running_average=not train))
+    x = jax.nn.relu(self.bn1(self.conv1(images), train=train))
+    x = jax.nn.relu(self.bn2(self.conv2(x), train=train))
     x = self.proj(x)
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-class HeadMixing(nnx.Conv):
+class HeadMixing(Conv):
   """1x1 convolution over the heads of attention maps (B, heads, queries, keys), which stay in that layout."""
 
   def __init__(self, num_heads: int, **kw):
-    init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-    super().__init__(num_heads, num_heads, (1, 1), kernel_init=init, **kw)
+    super().__init__(num_heads, num_heads, 1, **kw)
 
   def __call__(self, maps: jax.Array) -> jax.Array:
     kernel, bias = (param[...].astype(maps.dtype) for param in (self.kernel, self.bias))
     return jnp.einsum("bhqk,hg->bgqk", maps, kernel[0, 0]) + bias[:, None, None]
 
 
-def head_layer_norm(num_heads: int, **kw) -> nnx.LayerNorm:
-  """LayerNorm over the heads of attention maps (B, heads, queries, keys)."""
-  kw["dtype"] = jnp.promote_types(kw["dtype"], jnp.float32)
-  return layers.LayerNorm(num_heads, reduction_axes=1, feature_axes=1, **kw)
+NORMS = ("batch", "layer", "none")
 
 
-NORMS = {
-  "batch": functools.partial(batch_norm, axis=1),
-  "layer": head_layer_norm,
-  "none": lambda num_heads, **kw: None,
-}
+def head_norm(norm: str, num_heads: int, statistics_batch: int | None, **kw) -> nnx.Module | None:
+  """Returns one of NORMS for attention maps (B, heads, queries, keys): BatchNorm per head, LayerNorm over the heads."""
+  if norm == "batch":
+    return BatchNorm(num_heads, axis=1, statistics_batch=statistics_batch, **kw)
+  return layers.LayerNorm(num_heads, stream=True, reduction_axes=1, feature_axes=1, **kw) if norm == "layer" else None
 
 
 class ReAttention(Attention):
@@ -77,6 +62,7 @@ class ReAttention(Attention):
   Args:
     norm: "batch", statistics per head over batch, queries and keys; "layer", over the heads; "none".
     reatten_scale: factor of the new maps; None for head_dim ** -0.5.
+    statistics_batch: see BatchNorm.
   """
 
   def __init__(
@@ -88,11 +74,12 @@ class ReAttention(Attention):
     *,
     norm: str,
     reatten_scale: float | None,
+    statistics_batch: int | None = None,
     **kw,
   ):
     super().__init__(dim, num_heads, attn_drop_rate, proj_drop_rate, **kw)
     self.reatten_matrix = HeadMixing(num_heads, **kw)
-    self.var_norm = NORMS[norm](num_heads, **kw)
+    self.var_norm = head_norm(norm, num_heads, statistics_batch, **kw)
     self.reatten_scale = self.scale if reatten_scale is None else reatten_scale
 
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -101,8 +88,8 @@ class ReAttention(Attention):
     q, k, v = (qkv[:, :, i] for i in range(3))
     attn = drop(self.attn_drop, layers.softmax_attention(q, k, self.scale), rngs)
     attn = self.reatten_matrix(attn)
-    if isinstance(self.var_norm, nnx.BatchNorm):
-      attn = self.var_norm(attn, use_running_average=not train)
+    if isinstance(self.var_norm, BatchNorm):
+      attn = self.var_norm(attn, train=train)
     elif self.var_norm is not None:
       attn = self.var_norm(attn)
     attn = attn * self.reatten_scale
@@ -135,6 +122,8 @@ class DeepViT(IsotropicTransformer):
     patch_size: side of the square patches, pixels.
     reattention_blocks: indices of the blocks with re-attention, the others attend plainly; None for all.
     reattention_norm: "batch", "layer" or "none"; see ReAttention.
+    statistics_batch: images of which each BatchNorm, also that of the stem, takes statistics; None for the whole batch,
+      on all devices together. The authors' scripts have 32 on each GPU and do not synchronise them.
     reatten_scale: factor of the maps after re-attention; None for head_dim ** -0.5.
     scale_adjustment: factor of the residual stream as the branches see it; see AdjustedBlock.
     conv_stem: two convolutions with BatchNorm before the patches are embedded; `patch_size` is then even.
@@ -150,6 +139,7 @@ class DeepViT(IsotropicTransformer):
     patch_size: int = 16,
     reattention_blocks: Sequence[int] | None = None,
     reattention_norm: str = "batch",
+    statistics_batch: int | None = None,
     reatten_scale: float | None = 1.0,
     scale_adjustment: float = 1.0,
     conv_stem: bool = False,
@@ -167,13 +157,21 @@ class DeepViT(IsotropicTransformer):
     self.conv_stem, self.scale_adjustment = conv_stem, scale_adjustment
     self.reattention_blocks = tuple(reattention_blocks)
     self.reattention_norm, self.reatten_scale = reattention_norm, reatten_scale
+    self.statistics_batch = statistics_batch
     super().__init__(depth=depth, patch_size=patch_size, **kw)
 
   def make_patch_embed(self) -> Callable[..., nnx.Module]:
-    return ConvStem if self.conv_stem else super().make_patch_embed()
+    if not self.conv_stem:
+      return super().make_patch_embed()
+    return functools.partial(ConvStem, statistics_batch=self.statistics_batch)
 
   def make_block(self, index: int) -> Callable[..., AdjustedBlock]:
     attention = Attention
     if index in self.reattention_blocks:
-      attention = functools.partial(ReAttention, norm=self.reattention_norm, reatten_scale=self.reatten_scale)
+      attention = functools.partial(
+        ReAttention,
+        norm=self.reattention_norm,
+        statistics_batch=self.statistics_batch,
+        reatten_scale=self.reatten_scale,
+      )
     return functools.partial(AdjustedBlock, scale_adjustment=self.scale_adjustment, attention=attention)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vit_jax_ext.models import layers
@@ -50,7 +49,6 @@ class IsotropicTransformer(nnx.Module):
     self.image_size, self.grid = image_size, layers.patch_grid(image_size, patch_size)
     self.drop_rates = (drop_rate, attn_drop_rate, drop_path_rate)
     self.remat = remat
-    self.dtype = kw["dtype"]
     rngs, param_dtype = kw["rngs"], kw["param_dtype"]
     self.patch_embed = self.make_patch_embed()(patch_size, embed_dim, **kw)
     self.blocks = nnx.List(
@@ -61,8 +59,8 @@ class IsotropicTransformer(nnx.Module):
     tokens = 1 + self.grid[0] * self.grid[1]
     self.pos_embed = nnx.Param(layers.token_init(rngs.params(), (1, tokens, embed_dim), param_dtype))
     self.pos_drop = nnx.Dropout(drop_rate)
-    self.norm = layers.LayerNorm(embed_dim, **kw)
-    self.head = layers.Linear(embed_dim, num_classes, **kw) if num_classes else None
+    self.norm = layers.LayerNorm(embed_dim, stream=True, **kw)
+    self.head = layers.Head(embed_dim, num_classes, **kw) if num_classes else None
 
   def make_patch_embed(self) -> Callable[..., nnx.Module]:
     """Returns what creates the patch embedding: images (B, H, W, 3) to tokens (B, N, C), called with `train`."""
@@ -87,7 +85,7 @@ class IsotropicTransformer(nnx.Module):
     """
     layers.check_images(images, self.image_size)
     rngs = layers.runtime_rngs(train, rngs, *self.drop_rates)
-    tokens = self.patch_embed(images.astype(self.dtype), train=train)
+    tokens = self.patch_embed(images, train=train)
     x = drop(self.pos_drop, layers.add_cls_token(tokens, self.cls_token[...], self.pos_embed[...]), rngs)
     out = {}
     for i, block in enumerate(self.blocks):
@@ -96,4 +94,4 @@ class IsotropicTransformer(nnx.Module):
     out["pre_logits"] = x = self.norm(x[:, 0])
     if self.head is not None:
       x = self.head(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)), out
+    return x, out

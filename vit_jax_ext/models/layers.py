@@ -1,10 +1,14 @@
 """What two or more architectures share: patch embedding, attention, windows, MLP, block.
 
 Shapes: images are (B, H, W, 3), token sequences (B, N, C), attention maps (B, heads, queries, keys).
-Every module takes `dtype` (of the computation), `param_dtype` (of the parameters) and `rngs` (which draws the initial
-parameters and is not kept). Randomness at run time is an argument, `rngs=nnx.Rngs(key)`; without it nothing is dropped.
-`train` is an argument too, where a subclass or a sibling has batch statistics: then it says whose to use.
-Statistics and softmax are at least float32, whatever `dtype` is.
+Every module takes `dtype` (of matrix products and convolutions), `param_dtype` (of the parameters) and `rngs` (which
+draws the initial parameters and is not kept). Randomness at run time is an argument, `rngs=nnx.Rngs(key)`; without it
+nothing is dropped. `train` is an argument too, where a subclass or a sibling has batch statistics: then it says whose
+to use.
+
+Precision is mixed as under torch's autocast and in big_vision: the residual stream with its class token and position
+embedding, norms, softmax, biases and logits are at least float32, whatever `dtype` is, and so are the sums of their
+gradients. What a product takes and gives is of `dtype`.
 """
 
 from collections.abc import Callable
@@ -20,14 +24,83 @@ from vit_jax_ext.errors import UserError
 
 # timm's trunc_normal_(std=0.02) cuts at an absolute 2, a hundred standard deviations away: it is a plain normal.
 token_init = nnx.initializers.normal(0.02)
-Linear = functools.partial(nnx.Linear, kernel_init=token_init)
-LayerNorm = functools.partial(nnx.LayerNorm, epsilon=1e-6)
-# torch's default for convolutions, kaiming_uniform(a=sqrt(5)): uniform within 1 / sqrt(fan_in).
-conv_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-Conv = functools.partial(nnx.Conv, kernel_init=conv_init)
 gelu = functools.partial(jax.nn.gelu, approximate=False)
 # Stochastic depth (Huang et al. 2016): drops the residual branch of a whole sample, and scales the ones that stay.
 DropPath = functools.partial(nnx.Dropout, broadcast_dims=(1, 2))
+
+
+def widest(dtype: jnp.dtype) -> jnp.dtype:
+  """Returns float32, or what is wider."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+  """Adds a bias in at least float32, in which its gradient is then summed; the dtype of x stays."""
+  dtype = widest(x.dtype)
+  return (x.astype(dtype) + bias.astype(dtype)).astype(x.dtype)
+
+
+class Linear(nnx.Linear):
+  """A matrix product in `dtype`, (..., dim_in) to (..., dim_out), and a bias."""
+
+  def __init__(self, dim_in: int, dim_out: int, **kw):
+    super().__init__(dim_in, dim_out, kernel_init=token_init, **kw)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+    return x if self.bias is None else add_bias(x, self.bias[...])
+
+
+class Conv(nnx.Conv):
+  """A convolution in `dtype`, (B, H, W, dim_in) to (B, H', W', dim_out), and a bias.
+
+  Args:
+    padding: pixels on every side.
+    groups: of channels that do not see each other.
+  """
+
+  def __init__(
+    self, dim_in: int, dim_out: int, kernel: int, *, stride: int = 1, padding: int = 0, groups: int = 1, **kw
+  ):
+    # torch's default, kaiming_uniform(a=sqrt(5)) and likewise the bias: uniform within 1 / sqrt(fan_in).
+    bound = (kernel**2 * dim_in // groups) ** -0.5
+
+    def init(key, shape, dtype):
+      return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    super().__init__(
+      dim_in, dim_out, (kernel, kernel), strides=(stride, stride), padding=((padding, padding),) * 2,
+      feature_group_count=groups, kernel_init=init, bias_init=init, **kw,
+    )  # fmt: skip
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = jax.lax.conv_general_dilated(
+      x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.strides, self.padding,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=self.feature_group_count,
+    )  # fmt: skip
+    return x if self.bias is None else add_bias(x, self.bias[...])
+
+
+class Head(Linear):
+  """The classifier, in at least float32."""
+
+  def __init__(self, dim: int, num_classes: int, *, dtype: jnp.dtype, **kw):
+    super().__init__(dim, num_classes, dtype=widest(dtype), **kw)
+
+
+class LayerNorm(nnx.LayerNorm):
+  """LayerNorm in at least float32.
+
+  Args:
+    stream: what it gives stays in the residual stream, at least float32; else it is for a product, and of `dtype`.
+  """
+
+  def __init__(self, dim: int, *, dtype: jnp.dtype, stream: bool = False, epsilon: float = 1e-6, **kw):
+    super().__init__(dim, dtype=widest(dtype), epsilon=epsilon, **kw)
+    self.out_dtype = self.dtype if stream else dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return super().__call__(x).astype(self.out_dtype)
 
 
 def drop(layer: nnx.Dropout, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
@@ -72,7 +145,7 @@ def cubic_taps(size_in: int, size_out: int, a: float = -0.75) -> tuple[np.ndarra
 def resize_bicubic(images: jax.Array, size: tuple[int, int]) -> jax.Array:
   """Resizes (..., H, W, C) to (..., *size, C) as torch's bicubic `interpolate` does; computes in at least float32."""
   dtype = images.dtype
-  images = images.astype(jnp.promote_types(dtype, jnp.float32))
+  images = images.astype(widest(dtype))
   for axis, size_out in zip((-3, -2), size, strict=True):
     if images.shape[axis] == size_out:
       continue
@@ -140,25 +213,25 @@ class PatchEmbed(nnx.Module):
   """Images (B, H, W, 3) to tokens (B, rows * columns, dim) by one strided convolution."""
 
   def __init__(self, patch_size: int, dim: int, **kw):
-    self.proj = Conv(3, dim, (patch_size, patch_size), strides=patch_size, padding="VALID", **kw)
+    self.proj = Conv(3, dim, patch_size, stride=patch_size, **kw)
 
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
     x = self.proj(images)
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-class DepthwiseConv(nnx.Conv):
+class DepthwiseConv(Conv):
   """3x3 convolution of each channel by itself, (B, H, W, dim) to the same: the position term of CSWin and BOAT.
 
   A sum over nine shifted images: on CPU 4 to 50 times as fast as XLA's grouped convolution, forward and backward.
   """
 
   def __init__(self, dim: int, **kw):
-    super().__init__(dim, dim, (3, 3), feature_group_count=dim, kernel_init=conv_init, **kw)
+    super().__init__(dim, dim, 3, padding=1, groups=dim, **kw)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     rows, columns = x.shape[1:3]
-    dtype = jnp.promote_types(self.dtype, jnp.float32)
+    dtype = widest(self.dtype)
     kernel, bias = self.kernel[...].astype(dtype), self.bias[...].astype(dtype)
     padded = jnp.pad(x.astype(dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
     taps = (padded[:, i : i + rows, j : j + columns] * kernel[i, j, 0] for i in range(3) for j in range(3))
@@ -183,7 +256,7 @@ def softmax_attention(q: jax.Array, k: jax.Array, scale: float, bias: jax.Array 
 
   q and k are (..., tokens, heads, head_dim); bias broadcasts to the result.
   """
-  dtype = jnp.promote_types(q.dtype, jnp.float32)
+  dtype = widest(q.dtype)
   logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=dtype) * scale
   return jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
 
@@ -205,7 +278,7 @@ def head_dim(dim: int, num_heads: int) -> int:
   return dim // num_heads
 
 
-class PackedQKV(nnx.Linear):
+class PackedQKV(Linear):
   """Projection to queries, keys and values: (..., C) to (..., 3, *heads, head_dim), packed in one kernel (C, 3 C).
 
   The kernel is unpacked and not the result, so that the product can be split over devices by heads. Consecutive columns
@@ -217,12 +290,12 @@ class PackedQKV(nnx.Linear):
   """
 
   def __init__(self, dim: int, *heads: int, **kw):
-    super().__init__(dim, 3 * dim, kernel_init=token_init, **kw)
+    super().__init__(dim, 3 * dim, **kw)
     self.shape = (3, *heads, dim // math.prod(heads))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    kernel, bias = (param[...].astype(self.dtype) for param in (self.kernel, self.bias))
-    return jnp.tensordot(x.astype(self.dtype), kernel.reshape(-1, *self.shape), 1) + bias.reshape(self.shape)
+    kernel = self.kernel[...].astype(self.dtype).reshape(-1, *self.shape)
+    return add_bias(jnp.tensordot(x.astype(self.dtype), kernel, 1), self.bias[...].reshape(self.shape))
 
 
 class Attention(nnx.Module):
@@ -288,6 +361,7 @@ def call(block: Callable, *args, remat: bool, **static):
 
 
 def add_cls_token(tokens: jax.Array, cls_token: jax.Array, pos_embed: jax.Array) -> jax.Array:
-  """Returns [class token | tokens] + position embedding, (B, 1 + N, C), in the dtype of `tokens`."""
-  cls_token = jnp.broadcast_to(cls_token.astype(tokens.dtype), (tokens.shape[0], 1, tokens.shape[-1]))
-  return jnp.concatenate([cls_token, tokens], axis=1) + pos_embed.astype(tokens.dtype)
+  """Returns [class token | tokens] + position embedding, (B, 1 + N, C), the residual stream, at least float32."""
+  dtype = widest(tokens.dtype)
+  cls_token = jnp.broadcast_to(cls_token.astype(dtype), (tokens.shape[0], 1, tokens.shape[-1]))
+  return jnp.concatenate([cls_token, tokens.astype(dtype)], axis=1) + pos_embed.astype(dtype)

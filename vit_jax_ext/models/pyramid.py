@@ -8,7 +8,6 @@ import functools
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vit_jax_ext.errors import UserError
@@ -87,7 +86,6 @@ class Pyramid(nnx.Module):
     self.image_size = image_size
     self.drop_rates = (drop_rate, attn_drop_rate, drop_path_rate)
     self.remat = remat
-    self.dtype = kw["dtype"]
     self.grids = tuple((rows * 2**i, columns * 2**i) for i in reversed(range(len(self.depths))))
     self.add_embedding(embed_dim, drop_rate, **kw)
     rates = iter(np.linspace(0, drop_path_rate, sum(self.depths)).tolist())
@@ -102,8 +100,8 @@ class Pyramid(nnx.Module):
         for j in range(depth)
       ]
       self.add_stage(i, blocks, None if last else self.merging(dim, grid, **kw))
-    self.norm = LayerNorm(dim, **kw)
-    self.head = layers.Linear(dim, num_classes, **kw) if num_classes else None
+    self.norm = LayerNorm(dim, stream=True, **kw)
+    self.head = layers.Head(dim, num_classes, **kw) if num_classes else None
 
   def add_embedding(self, dim: int, drop_rate: float, **kw) -> None:
     """Creates what `embed` uses."""
@@ -145,7 +143,7 @@ class Pyramid(nnx.Module):
     """
     layers.check_images(images, self.image_size)
     rngs = layers.runtime_rngs(train, rngs, *self.drop_rates)
-    x = self.embed(images.astype(self.dtype), rngs)
+    x = self.embed(images, rngs)
     out = {}
     for i, (path, blocks, merging) in enumerate(self.stages()):
       for j, block in enumerate(blocks):
@@ -157,4 +155,4 @@ class Pyramid(nnx.Module):
     out["pre_logits"] = x = self.norm(x).mean(axis=1)
     if self.head is not None:
       x = self.head(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)), out
+    return x, out

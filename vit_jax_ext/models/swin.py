@@ -75,7 +75,7 @@ class WindowAttention(nnx.Module):
   def attention_bias(self) -> jax.Array:
     """Returns the position bias, and the seam mask where the windows are shifted: (windows or 1, heads, n, n)."""
     table = self.relative_position_bias_table[...]
-    table = table.astype(jnp.promote_types(table.dtype, jnp.float32))
+    table = table.astype(layers.widest(table.dtype))
     bias = table[relative_position_index(self.window)].transpose(2, 0, 1)[None]
     return bias + seam_mask(self.grid, self.window, self.shift) if any(self.shift) else bias
 
@@ -132,7 +132,7 @@ class PatchMerging(nnx.Module):
     rows, columns = self.grid
     # The released weights expect the four neighbours column by column.
     x = x.reshape(batch, rows // 2, 2, columns // 2, 2, dim).transpose(0, 1, 3, 4, 2, 5)
-    return self.reduction(self.norm(x.reshape(batch, -1, 4 * dim)))
+    return self.reduction(self.norm(x.reshape(batch, -1, 4 * dim))).astype(x.dtype)
 
 
 class PatchEmbed(layers.PatchEmbed):
@@ -140,7 +140,7 @@ class PatchEmbed(layers.PatchEmbed):
 
   def __init__(self, patch_size: int, dim: int, **kw):
     super().__init__(patch_size, dim, **kw)
-    self.norm = LayerNorm(dim, **kw)
+    self.norm = LayerNorm(dim, stream=True, **kw)
 
   def __call__(self, images: jax.Array) -> jax.Array:
     return self.norm(super().__call__(images))

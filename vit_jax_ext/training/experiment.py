@@ -60,6 +60,11 @@ class Experiment:
     self.mesh = sharding.make_mesh(config.mesh)
     self.by_batch = sharding.batch_sharding(self.mesh)
     sharding.check_batch_size("batch_size", config.batch_size, self.mesh, config.optimizer.accumulation_steps)
+    for name, group in (
+      ("augment.mixing_batch", config.augment.mixing_batch),
+      ("model.overrides.statistics_batch", config.model.overrides.get("statistics_batch")),
+    ):
+      sharding.check_group(name, group, config.batch_size // config.optimizer.accumulation_steps, self.mesh)
     self.variant = registry.get_variant(config.model.name)
 
     def create_model(seed: int) -> nnx.Module:
@@ -82,6 +87,7 @@ class Experiment:
       cooldown_steps=round(config.optimizer.cooldown_epochs * steps_per_epoch),
       warmup_prefix=config.optimizer.warmup_prefix,
       steps_per_epoch=steps_per_epoch if config.optimizer.per_epoch else None,
+      epochs_behind=config.optimizer.epochs_behind,
     )
     tx = optimizer.adamw(
       self.schedule,

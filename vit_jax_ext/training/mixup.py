@@ -81,13 +81,13 @@ def mix(
       both are linear.
     mixup, cutmix: alpha of each, 0 for never; not both 0.
     switch_probability: of cutmix, where both are possible.
-    mixing_batch: number of images; the whole batch if None, or if it does not divide the batch.
+    mixing_batch: number of images, which divides the batch; the whole batch if None.
 
   Returns:
     Images and targets, mixed. With cutmix the share in the target is that of the pixels: a box may reach over the edge.
   """
   batch, height, width, channels = images.shape
-  size = mixing_batch if mixing_batch and batch % mixing_batch == 0 else batch
+  size = mixing_batch or batch
   number = batch // size
   switch_key, share_key, box_key = jax.random.split(key, 3)
   use_cutmix = jnp.full(number, cutmix > 0)

@@ -31,6 +31,7 @@ def learning_rate_schedule(
   cooldown_steps: int = 0,
   warmup_prefix: bool = True,
   steps_per_epoch: float | None = None,
+  epochs_behind: int = 0,
 ) -> optax.Schedule:
   """Linear warm-up from `initial` to `peak`, then a cosine to `floor`, at last `floor`.
 
@@ -41,6 +42,8 @@ def learning_rate_schedule(
     warmup_prefix: the cosine begins at `peak` when the warm-up ends. False: it begins at the first step and the warm-up
       takes the place of its beginning, as in timm and so in the papers: 30 epochs of 300 end at 0.976 of the peak.
     steps_per_epoch: the learning rate stays as it was at the epoch's first step, as in timm; None: no epochs.
+    epochs_behind: epoch e has the learning rate of epoch e - `epochs_behind`, at least of the first. DeiT's main.py
+      steps its scheduler after epoch e with e, not e + 1, so its first two epochs both begin the warm-up.
 
   Raises:
     UserError: warm-up and cool-down leave no step between them.
@@ -60,7 +63,12 @@ def learning_rate_schedule(
   if steps_per_epoch is None:
     return schedule
   first_steps = np.round(steps_per_epoch * np.arange(math.ceil(total_steps / steps_per_epoch))).astype(np.int32)
-  return lambda step: schedule(jnp.asarray(first_steps)[jnp.searchsorted(first_steps, step, side="right") - 1])
+
+  def of_epoch(step):
+    epoch = jnp.searchsorted(first_steps, step, side="right") - 1
+    return schedule(jnp.asarray(first_steps)[jnp.maximum(epoch - epochs_behind, 0)])
+
+  return of_epoch
 
 
 def classifier_mask(params: dict) -> dict:

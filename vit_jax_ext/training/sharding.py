@@ -83,3 +83,29 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh, multiple_of: int = 
       f"{name} {batch_size} does not divide by {divisor} (data x fsdp x accumulation); "
       f"the nearest sizes are {below} and {below + divisor}"
     )
+
+
+def check_group(name: str, group: int | None, batch_size: int, mesh: Mesh) -> None:
+  """Checks that groups of images make up a batch, and that they and the devices' parts of it do not cut each other.
+
+  Args:
+    name: of the group's size in the config.
+    group: images that are drawn for, or counted, together; None for all.
+    batch_size: images that the devices work on at once.
+    mesh: of the devices.
+
+  Raises:
+    UserError: the batch does not divide by the group, or neither of group and part by the other; says which sizes do.
+  """
+  part = batch_size // (mesh.size // mesh.shape["model"])
+
+  def fits(size: int) -> bool:
+    return batch_size % size == 0 and (part % size == 0 or size % part == 0)
+
+  if group is not None and (group < 1 or not fits(group)):
+    sizes = [size for size in range(1, batch_size + 1) if fits(size)]
+    nearest = sorted(sorted(sizes, key=lambda size: abs(size - group))[:2])
+    raise UserError(
+      f"{name} {group} does not divide {batch_size} images, of which each device has {part}; the nearest sizes are "
+      f"{' and '.join(map(str, nearest))}"
+    )

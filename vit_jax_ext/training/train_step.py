@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vit_jax_ext.models.batch_norm import DECAY
 from vit_jax_ext.models.functional import normalize, split_model
 from vit_jax_ext.training.losses import Batch, Loss, Metrics
 
@@ -91,9 +92,11 @@ def make_train_step(
     loss: what is made smaller, see `losses.make_loss`.
     tx: the optimizer.
     seed: of all that is random in the loss; step s draws from fold_in(key(seed), s), so nothing random is stored.
-    ema_decay: share of the old average that stays at each step; 0 switches the averages off.
+    ema_decay: share of the old average that stays at each step; 0 switches the averages off. Those of BatchNorm's
+      statistics start from the first batch's.
     accumulation_steps: the batch is worked off in this many equal parts, one after another, for one update.
-    skip_nonfinite: a step whose loss or gradients are not finite changes nothing but the number of the step.
+    skip_nonfinite: a step whose loss or gradients are not finite changes nothing but the number of the step, also the
+      schedule's.
 
   The batch holds `image` uint8 (B, H, W, 3) and `label` int32 (B,). Metrics are those of the loss, averaged over the
   parts, and grad_norm.
@@ -123,17 +126,33 @@ def make_train_step(
     params = optax.apply_updates(state.params, updates)
     ema = {}
     if state.ema:
-      new = {"params": params, "stats": stats}
+      new = {"params": params, "stats": _statistics_of_batch(state.stats, stats, accumulation_steps)}
       ema = jax.tree.map(lambda old, value: old + (1 - ema_decay) * (value - old), state.ema, new)
+      ema["stats"] = jax.tree.map(lambda first, old: jnp.where(state.step == 0, first, old), new["stats"], ema["stats"])
     metrics["grad_norm"] = optax.global_norm(grads)
     new = TrainState(state.step + 1, params, stats, opt_state, ema)
     if skip_nonfinite:
       finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
       old = dataclasses.replace(state, step=new.step)
-      new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+      new = jax.tree.map(
+        lambda new, old: new if isinstance(new, optax.ScaleByScheduleState) else jnp.where(finite, new, old),
+        new,
+        old,
+        is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState),
+      )
     return new, metrics
 
   return step
+
+
+def _statistics_of_batch(before: Any, after: Any, updates: int) -> Any:
+  """Returns the statistics of the batch that has turned the running averages `before` into `after`, in `updates` parts.
+
+  These are what the averages over training average: the running ones begin at a variance of 1, beside which those of
+  attention maps, about 1e-5, would not be seen for hundreds of steps.
+  """
+  kept = DECAY**updates
+  return jax.tree.map(lambda old, new: (new - kept * old) / (1 - kept), before, after)
 
 
 def make_eval_step(
