@@ -21,14 +21,19 @@ again, 1 anything else.
 FORMAT = dict(epilog=EPILOG, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def command_names() -> list[str]:
+  """Returns the files of vit_jax_ext/commands."""
+  return [file.name for file in pkgutil.iter_modules(commands.__path__)]
+
+
 def make_parser() -> argparse.ArgumentParser:
   """Returns the parser: one subcommand for each file of vit_jax_ext/commands."""
   parser = argparse.ArgumentParser(prog="python main.py", description=__doc__, **FORMAT)
   choices = parser.add_subparsers(dest="command", metavar="COMMAND")
-  for file in pkgutil.iter_modules(commands.__path__):
-    command = importlib.import_module(f"{commands.__name__}.{file.name}")
+  for name in command_names():
+    command = importlib.import_module(f"{commands.__name__}.{name}")
     about = command.__doc__.splitlines()[0].removesuffix(".")
-    subparser = choices.add_parser(file.name, help=about, description=command.__doc__, **FORMAT)
+    subparser = choices.add_parser(name, help=about, description=command.__doc__, **FORMAT)
     command.add_arguments(subparser)
     subparser.set_defaults(run=command.run)
   return parser
@@ -42,10 +47,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
   """
   if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
     argv = ["train", *argv]
-  names = [file.name for file in pkgutil.iter_modules(commands.__path__)]
+  names = command_names()
   if argv[0] not in (*names, "-h", "--help"):
-    nearest = ", ".join(difflib.get_close_matches(argv[0], names, n=1) or names)
-    raise UserError(f"command {argv[0]!r} is unknown; did you mean {nearest}?")
+    nearest = difflib.get_close_matches(argv[0], names, n=1)
+    remedy = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(names)}"
+    raise UserError(f"command {argv[0]!r} is unknown; {remedy}")
   args = make_parser().parse_args([argument for argument in argv if not argument.startswith("--config.")])
   args.overrides = [argument.removeprefix("--config.") for argument in argv if argument.startswith("--config.")]
   return args

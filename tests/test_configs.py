@@ -1,4 +1,4 @@
-"""The recipes against FACTS.md, section 5, transcribed here; and that each of them can be built, changed and saved."""
+"""The recipes against the authors', transcribed here; and that each of them can be built, changed and saved."""
 
 import importlib
 import itertools
@@ -61,7 +61,7 @@ DEIT = (1024, 1e-3, 5, 0.05, 0.1, 0.8, 1.0, 0, None, 3, "bicubic", True, 300, 0,
 
 
 def row(family, argument):
-  """Returns the column of FACTS.md that holds for a config."""
+  """Returns the row that holds for a config."""
   size = argument.rpartition("_")[2]
   if family == "deepvit":
     return DEEPVIT_32B if argument == "32b" else DEEPVIT

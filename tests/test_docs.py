@@ -12,6 +12,8 @@ import pytest
 import main
 from tests.command_line import execute
 from vit_jax_ext import config as configs
+from vit_jax_ext.models import registry
+from vit_jax_ext.studies.study import find_studies
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,6 +49,21 @@ def test_every_command_is_understood(line, monkeypatch):
   spec = getattr(args, "config", None)
   if spec and pathlib.Path(spec.partition(":")[0]).is_file():  # some stand for any config
     configs.override(configs.load_config(spec), args.overrides)
+  for option in ("models", "model"):
+    for name in (getattr(args, option, None) or "").split(","):
+      assert name in ("", "NAME", *registry.VARIANTS)
+  if args.command == "study" and args.study != "FILE.py":
+    find_studies(args.study)
+  assert all((ROOT / path).is_file() for path in argv if path.startswith("docs/"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_key_exists(page):
+  """Of a recipe's config; keys below model.overrides are the models' own."""
+  config = configs.load_config("configs/crossvit.py")
+  known = set(configs.flatten(config.to_dict())) | {"KEY", "model.overrides.KEY"}
+  for key in re.findall(r"--config\.([\w.]*\w)", page.read_text()):
+    assert key in known or key.startswith("model.overrides."), f"{page.name} names config.{key}"
 
 
 def test_commands_are_found():
@@ -100,13 +117,16 @@ def test_every_page_is_linked():
 
 
 def test_the_tree_names_every_file():
+  """A file of a room stands in a line that begins with the room, or in the one below."""
   (tree,) = (block for block in FENCED.findall(TEXTS["README.md"]) if "main.py   " in block)
-  files = [*(ROOT / "vit_jax_ext").rglob("*.py"), *(ROOT / "configs").glob("*.py"), *(ROOT / "launch").iterdir()]
+  entries = re.findall(r"^ *(\S.*(?:\n {20,}\S.*)*)", tree, re.M)
   missing = []
-  for path in files:
-    name = path.stem if path.parent.name == "commands" else path.name
-    if not path.name.startswith("__init__") and not re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", tree):
-      missing.append(str(path))
+  for path in [*(ROOT / "vit_jax_ext").rglob("*.py"), *(ROOT / "configs").glob("*.py"), *(ROOT / "launch").iterdir()]:
+    room = path.parent.name
+    name = re.escape(path.stem if room == "commands" else path.name)
+    own = [entry for entry in entries if room == "vit_jax_ext" or entry.startswith(f"{room}/")]
+    if path.name != "__init__.py" and not any(re.search(rf"(?<![\w.]){name}(?!\w)", entry) for entry in own):
+      missing.append(str(path.relative_to(ROOT)))
   assert not missing
   existing = {path.name for path in ROOT.rglob("*.py")} | {"test_FILE.py"}
   assert set(re.findall(r"\w+\.py\b", tree)) <= existing

@@ -3,6 +3,7 @@
 import ast
 import itertools
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -29,12 +30,12 @@ training.optimizer
 pretrained
 weight_files
 workdir.checkpoint  workdir.writers
-workdir.config  workdir.metrics  workdir.digests  workdir.disk
+workdir.config  workdir.metrics  workdir.analysis  workdir.digests  workdir.disk
 data
 models.registry
 models.boat
 models.vit  models.deepvit  models.crossvit  models.swin  models.cswin
-models.isotropic  models.pyramid
+models.isotropic  models.pyramid  models.batch_norm
 models.layers  models.functional
 config  console  files
 errors
@@ -97,30 +98,34 @@ def test_arrows_are_seen():
 
 
 @pytest.mark.parametrize(
-  ("library", "rooms"),
+  ("library", "places"),
   [
     ("tensorflow", {"data"}),
     ("tensorflow_datasets", {"data"}),
-    ("orbax", {"workdir"}),
-    ("clu", {"workdir", "training"}),
+    ("orbax", {"workdir.checkpoint"}),
+    ("clu", {"workdir.writers", "training.train"}),
     ("argparse", {"commands", "weight_files"}),  # checkpoints of timm hold its namespaces
   ],
 )
-def test_libraries_have_their_rooms(library, rooms):
-  users = {name.partition(".")[0] for name, found in MODULES.items() if library in {f.partition(".")[0] for f in found}}
-  assert users <= rooms
+def test_libraries_have_their_places(library, places):
+  users = {place(name) for name, found in MODULES.items() if library in {f.partition(".")[0] for f in found}}
+  assert users == places
+
+
+def test_the_face_is_for_others():
+  """Inside, everything is imported from where it lives."""
+  face = {"LoadReport", "UserError", "create_model", "list_models", "load_pretrained", "save_pretrained"}
+  assert not {name for name in MODULES if {f"vit_jax_ext.{entry}" for entry in face} & MODULES[name]}
 
 
 def test_commands_alone_print():
   """Rooms below return what they found, and log."""
   printing = {
-    path.relative_to(PACKAGE).parts[0]
+    place(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
     for path in PACKAGE.rglob("*.py")
-    for node in ast.walk(ast.parse(path.read_text()))
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    if re.search(r"(?<![\w.])print\(|sys\.stdout|rich\.(console|table)", path.read_text())
   }
-  assert printing == {"commands"}
-  assert {name.partition(".")[0] for name in MODULES if "rich.table" in MODULES[name]} == {"commands"}
+  assert printing == {"commands", "console"}
 
 
 def test_configs_do_not_import_the_package():
@@ -158,7 +163,8 @@ def test_the_face():
   )  # fmt: skip
   import vit_jax_ext
 
-  assert list(face) == vit_jax_ext.__all__
+  assert sorted([*face, "UserError"]) == vit_jax_ext.__all__
+  assert vit_jax_ext.models.registry.list_models() == vit_jax_ext.list_models()
   with pytest.raises(AttributeError, match="creat_model"):
     vit_jax_ext.creat_model  # noqa: B018
 

@@ -56,6 +56,28 @@ def test_evaluate_repeats_the_runs_own_numbers(run, workdir, tmp_path):
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   (row,) = [row for row in rows if row["step"] == scores["step"] and "eval/top1" in row]
   assert {key: scores[key] for key in row} == row
+  assert scores["weights"] == f"{workdir}, step {scores['step']}"
+  assert (scores["dataset"], scores["split"], scores["images"]) == ("digits", "test", 360)
+
+
+def test_sigterm_and_ctrl_c_before_the_training(tmp_path, data_dir):
+  """While libraries are imported and programs compiled nothing is lost; the command says so and ends at once."""
+  command = [sys.executable, "main.py", f"--workdir={tmp_path}", f"--config.dataset.data_dir={data_dir}", *TINY]
+  for notice, status, words in [(signal.SIGTERM, 75, "preempted"), (signal.SIGINT, 1, "interrupted")]:
+    process = subprocess.Popen(command, cwd=os.path.dirname(main.__file__), stderr=subprocess.PIPE, text=True)
+    time.sleep(1.5)
+    process.send_signal(notice)
+    stderr = process.communicate(timeout=60)[1]
+    assert (process.returncode, stderr.splitlines()[-1].partition(";")[0]) == (status, words), stderr
+    assert not (tmp_path / "checkpoints" / "20").exists()
+
+
+def test_smoke_runs_have_a_workdir_of_their_own(run, monkeypatch, tmp_path, data_dir):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  argv = ["--config.smoke=True", f"--config.dataset.data_dir={data_dir}", *TINY[:6]]
+  assert run(*argv)[0] == 0
+  status, out, _ = run("evaluate", *argv)
+  assert status == 0 and f"{tmp_path}/vit_jax_ext/digits-smoke, step 2" in out
 
 
 def test_predict_names_classes(run, workdir, tmp_path, data_dir):
@@ -101,7 +123,7 @@ def test_table_6_is_printed(run, tmp_path):
     (["predict", "image.png"], ["holds no run"]),
     (["compare", "--models=resnet50"], ["resnet50"]),
     (["compare", "--config.model.overrides.depth=2"], ["overrides.depth=2", "leave it out"]),
-    (["fly"], ["fly", "analyze, collectives"]),
+    (["fly"], ["fly", "choose one of analyze, collectives"]),
     (["trian"], ["'trian'", "did you mean train?"]),
     (["studies", "all"], ["'studies'", "did you mean study?"]),
     (["--steps=3"], ["--steps=3"]),

@@ -1,10 +1,12 @@
 """vit_jax_ext: CrossViT, DeepViT and BOAT in JAX and Flax NNX, with what they are compared with."""
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from vit_jax_ext.errors import UserError
+
 if TYPE_CHECKING:
-  from vit_jax_ext.errors import UserError
   from vit_jax_ext.models.registry import create_model, list_models
   from vit_jax_ext.pretrained import LoadReport, load_pretrained, save_pretrained
 
@@ -13,7 +15,6 @@ __all__ = ["LoadReport", "UserError", "create_model", "list_models", "load_pretr
 # Imported when asked for: `python main.py --help` shall not wait for JAX.
 _HOMES = {
   "LoadReport": "pretrained",
-  "UserError": "errors",
   "create_model": "models.registry",
   "list_models": "models.registry",
   "load_pretrained": "pretrained",
@@ -22,9 +23,14 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-  if name not in _HOMES:
+  if name in _HOMES:
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+  elif importlib.util.find_spec(f"{__name__}.{name}"):
+    value = importlib.import_module(f"{__name__}.{name}")
+  else:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+  globals()[name] = value
+  return value
 
 
 def __dir__() -> list[str]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.files import write_json
+from vit_jax_ext.files import replace, write_json
 from vit_jax_ext.models import functional, registry
 from vit_jax_ext.pretrained import count_classes, load_pretrained, read_source, save_pretrained
 
@@ -25,7 +25,7 @@ TOLERANCE = 1e-4  # of logits computed twice, relative to the largest
 
 
 @dataclasses.dataclass(frozen=True)
-class Exported:
+class Export:
   """What `export` has written.
 
   Attributes:
@@ -39,7 +39,7 @@ class Exported:
   difference: float
 
 
-def export(spec: Mapping[str, Any], weights: Any, output: str, *, crop: float | None = None) -> Exported:
+def export(spec: Mapping[str, Any], weights: Any, output: str, *, crop: float | None = None) -> Export:
   """Writes NAME.stablehlo, NAME.safetensors and NAME.json, which describes them, and checks the first two.
 
   Both are loaded back from their files, and must give the same logits.
@@ -63,14 +63,12 @@ def export(spec: Mapping[str, Any], weights: Any, output: str, *, crop: float | 
 
   model, num_classes, source = _load(spec, weights)
   program = to_stablehlo(model)
-  write_json(output, paths["json"].name, _describe(model, program, spec, source, crop))
-  try:
-    paths["stablehlo"].write_bytes(program.serialize())
-  except OSError as error:
-    raise UserError(f"{output} cannot be written: {error.strerror}; choose another --output") from None
+  with replace(output, paths["stablehlo"].name, binary=True) as file:
+    file.write(program.serialize())
   save_pretrained(model, paths["safetensors"])
+  write_json(output, paths["json"].name, _describe(model, program, spec, source, crop))
   difference = compare_logits(paths["stablehlo"], paths["safetensors"], spec, num_classes)
-  return Exported([str(path) for path in paths.values()], source, difference)
+  return Export([str(path) for path in paths.values()], source, difference)
 
 
 def _load(spec: Mapping[str, Any], source: Any) -> tuple[nnx.Module, int, str]:

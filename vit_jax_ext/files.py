@@ -1,5 +1,6 @@
 """Results on disk: a file takes its place when all of it is written."""
 
+import base64
 from collections.abc import Iterator
 import contextlib
 import json
@@ -36,3 +37,9 @@ def write_json(folder: str, name: str, content: Any, option: str = "output") -> 
   with replace(folder, name, option) as file:
     json.dump(content, file, indent=2)
   return os.path.join(folder, name)
+
+
+def data_address(path: str) -> str:
+  """Returns a PNG file as an address that a page can hold in itself."""
+  with open(path, "rb") as file:
+    return "data:image/png;base64," + base64.b64encode(file.read()).decode()

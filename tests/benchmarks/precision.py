@@ -48,10 +48,10 @@ def gradients(name: str, overrides: dict, dtype: str, images: np.ndarray, labels
 
 
 def crops(number: int, side: int) -> np.ndarray:
-  """Returns parts of two photographs at half their size, uint8 (number, side, side, 3)."""
+  """Returns parts of two photographs, uint8 (number, side, side, 3)."""
   photographs = sklearn.datasets.load_sample_images().images
-  corners = np.random.default_rng(0).integers(0, np.array(photographs[0].shape[:2]) - 2 * side, (number, 2))
-  return np.stack([photographs[i % 2][y : y + 2 * side : 2, x : x + 2 * side : 2] for i, (y, x) in enumerate(corners)])
+  corners = np.random.default_rng(0).integers(0, np.array(photographs[0].shape[:2]) - side, (number, 2))
+  return np.stack([photographs[i % 2][y : y + side, x : x + side] for i, (y, x) in enumerate(corners)])
 
 
 def errors(name: str, overrides: dict, number: int) -> tuple[float, dict[str, float]]:

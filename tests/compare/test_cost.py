@@ -9,7 +9,7 @@ from vit_jax_ext.compare import cost
 from vit_jax_ext.models import registry
 from vit_jax_ext.models.layers import Mlp
 
-# The FACTS: multiply-adds in 10^9 as the papers have them.
+# Multiply-adds in 10^9 as the papers have them.
 PUBLISHED = {
   "crossvit_tiny_224": 1.6, "crossvit_small_224": 5.6, "crossvit_base_224": 21.2, "crossvit_9_224": 1.8,
   "crossvit_15_224": 5.8, "crossvit_18_224": 9.0, "crossvit_9_dagger_224": 2.0, "crossvit_15_dagger_224": 6.1,

@@ -9,7 +9,7 @@ import vit_jax_ext as vx
 from vit_jax_ext.compare.cost import count_params
 from vit_jax_ext.models import registry
 
-# FACTS: counted on the authors' models.
+# Counted on the authors' models.
 PARAMS = {
   "crossvit_tiny_224": 7_014_800,
   "crossvit_small_224": 26_856_272,

@@ -143,11 +143,11 @@ def test_a_checkpoint_is_read_on_another_mesh_bit_for_bit(tiny_config, tmp_path)
   tiny_config.mesh.update(MESHES["data2_fsdp2_model2"])
   state = Experiment(tiny_config, 10, 1000).init()
   with checkpoint.open_checkpoints(str(tmp_path)) as checkpoints:
-    checkpoint.save(checkpoints, 1, state.items(), None)
+    checkpoint.save(checkpoints, 1, state.checkpoint_items(), None)
   tiny_config.mesh.update(MESHES["fsdp8"])
   there = Experiment(tiny_config, 10, 1000)
   like = checkpoint.abstract(jax.eval_shape(there.init), there.places)
-  restored = TrainState.from_items(checkpoint.restore(str(tmp_path), 1, like.items()))
+  restored = TrainState.from_checkpoint(checkpoint.restore(str(tmp_path), 1, like.checkpoint_items()))
   jax.tree.map(np.testing.assert_array_equal, state, restored)
   jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim) or pytest.fail(), restored, there.places)
 

@@ -42,16 +42,12 @@ def similarity_against_depth(summary: Summary) -> Figure:
 
 
 def similar_blocks_against_depth(summaries: Sequence[Summary]) -> Figure:
-  """Figure 3b: share of similar blocks over the number of blocks, a line per class of model, the mean over its runs."""
+  """Figure 3b: share of similar blocks over the number of blocks, a line per class of model."""
   figure = Figure(figsize=(7.5, 4), layout="constrained")
   axes = figure.subplots()
   for model in dict.fromkeys(summary["model"] for summary in summaries):
-    shares = {}
-    for s in summaries:
-      if s["model"] == model:
-        shares.setdefault(s["blocks"], []).append(s["similar_blocks"] / s["blocks"])
-    depths = sorted(shares)
-    axes.plot(depths, [np.mean(shares[depth]) for depth in depths], marker="o", label=model)
+    points = sorted((s["blocks"], s["similar_blocks"] / s["blocks"]) for s in summaries if s["model"] == model)
+    axes.plot(*zip(*points, strict=True), marker="o", label=model)
   axes.set(title="Blocks that attend as the next one does\n"
            f"(mean cosine similarity of their attention maps ≥ {summaries[0]['threshold']})",
            xlabel="blocks of the model", ylabel="share of similar blocks", ylim=(-0.02, 1.02),

@@ -19,9 +19,9 @@ from vit_jax_ext.files import write_json
 from vit_jax_ext.models import registry
 from vit_jax_ext.models.functional import normalize, split_model
 from vit_jax_ext.training.evaluate import load_weights
+from vit_jax_ext.workdir import analysis
 
 BATCH_SIZE = 16  # the attention maps of all blocks are in memory for this many images
-FILE = "similarity.json"
 
 
 def analyze(
@@ -46,7 +46,7 @@ def analyze(
     UserError: no checkpoint, a model without attention maps of one size, an impossible threshold.
   """
   unique = {workdir and os.path.abspath(workdir): config for config, workdir in models}
-  output = output or os.path.join(next(iter(unique)) or "", "analysis")
+  output = output or os.path.join(next(iter(unique)) or "", analysis.FOLDER)
   summaries, paths = [], []
   for workdir, config in unique.items():
     logging.info("measuring %s", workdir or config.pretrained)
@@ -100,5 +100,5 @@ def write(folder: str, summary: dict[str, Any], maps: np.ndarray) -> list[str]:
     figures.save(folder, "similarity_against_depth.png", figures.similarity_against_depth(summary)),
     figures.save(folder, "heads_of_last_block.png", figures.heads_of_last_block(summary)),
     figures.save(folder, "attention_maps.png", figures.attention_maps(summary, maps)),
-    write_json(folder, FILE, summary),
+    write_json(folder, analysis.SIMILARITY, summary),
   ]

@@ -7,6 +7,7 @@ help and mistakes are told at once.
 import argparse
 from collections.abc import Iterator, Sequence
 import contextlib
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -68,26 +69,52 @@ def resumable() -> Iterator[None]:
   """While open, Ctrl-C and (until the training itself takes care of it) SIGTERM say that the same command continues."""
 
   def preempted(*_):
-    print("preempted; the same command continues", file=sys.stderr)
-    sys.exit(Preempted.status)
+    print("preempted; the same command continues", file=sys.stderr, flush=True)
+    os._exit(Preempted.status)  # at once: where Python happens to be, an exception might be swallowed
 
-  signal.signal(signal.SIGTERM, preempted)
+  previous = signal.signal(signal.SIGTERM, preempted)
   try:
     yield
   except KeyboardInterrupt:
     raise Stopped("interrupted; the same command continues from the last checkpoint") from None
+  finally:
+    signal.signal(signal.SIGTERM, previous)
 
 
 def new_experiment(args: argparse.Namespace) -> tuple["ml_collections.ConfigDict", str]:
   """Returns the config that --config names, with the command line's values, and the workdir of its run."""
   from vit_jax_ext import config as configs
-  from vit_jax_ext.workdir.config import default_workdir
 
-  spec = args.config or configs.DEFAULT
-  config = configs.load_config(spec)
+  config = configs.load_config(args.config or configs.DEFAULT)
   configs.override(config, args.overrides)
-  smoke = "-smoke" if "smoke=True" in args.overrides else ""
-  return config, args.workdir or default_workdir(spec) + smoke
+  return config, args.workdir or default_workdir(args)
+
+
+def default_workdir(args: argparse.Namespace) -> str:
+  """Returns the workdir of the runs of --config that do not name one; smoke runs have their own."""
+  from vit_jax_ext import config as configs
+  from vit_jax_ext.workdir import config as workdirs
+
+  return workdirs.default_workdir(args.config or configs.DEFAULT) + ("-smoke" if "smoke=True" in args.overrides else "")
+
+
+def check_one_source(args: argparse.Namespace, workdirs: Sequence[str]) -> bool:
+  """Returns whether --config.pretrained names the weights.
+
+  Raises:
+    UserError: a --workdir does too.
+  """
+  pretrained = any(override.startswith("pretrained=") for override in args.overrides)
+  if pretrained and workdirs:
+    raise UserError(f"--workdir={workdirs[0]} and --config.pretrained both name weights; give one of them")
+  return pretrained
+
+
+def published_model(name: str, **values) -> "ml_collections.ConfigDict":
+  """Returns as much of a config as says that a model is meant as it was published, and other `values`."""
+  import ml_collections
+
+  return ml_collections.ConfigDict({"model": {"name": name, "overrides": {}}} | values)
 
 
 def trained_model(args: argparse.Namespace) -> tuple["ml_collections.ConfigDict", str | None]:
@@ -105,15 +132,12 @@ def trained_models(
 ) -> list[tuple["ml_collections.ConfigDict", str | None]]:
   """Returns `trained_model` for several workdirs; without any, for that of --config."""
   from vit_jax_ext import config as configs
-  from vit_jax_ext.workdir.config import default_workdir, read_workdir_config
+  from vit_jax_ext.workdir.config import read_workdir_config
 
-  spec = args.config or configs.DEFAULT
-  if any(override.startswith("pretrained=") for override in args.overrides):
-    if workdirs:
-      raise UserError(f"--workdir={workdirs[0]} and --config.pretrained both name weights; give one of them")
-    pairs = [(configs.load_config(spec), None)]
+  if check_one_source(args, workdirs):
+    pairs = [(configs.load_config(args.config or configs.DEFAULT), None)]
   else:
-    pairs = [(read_workdir_config(workdir), workdir) for workdir in workdirs or [default_workdir(spec)]]
+    pairs = [(read_workdir_config(workdir), workdir) for workdir in workdirs or [default_workdir(args)]]
   for config, _ in pairs:
     configs.override(config, args.overrides)
   return pairs

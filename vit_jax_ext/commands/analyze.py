@@ -50,30 +50,27 @@ def _draw_clusters(args: argparse.Namespace) -> None:
   Raises:
     UserError: several of them, heads that are no numbers, and what `draw_clusters` refuses.
   """
-  import ml_collections
-
   from vit_jax_ext import config as configs
   from vit_jax_ext.attention.clusters import draw_clusters
+  from vit_jax_ext.workdir import analysis
   from vit_jax_ext.workdir.config import read_workdir_config
 
   workdirs = args.workdir or []
   sources = [*workdirs, *filter(None, (args.config, args.model))]
   if len(sources) > 1:
     raise UserError(f"clusters come from one model, not from {', '.join(sources)}; give one of them")
-  if workdirs and any(override.startswith("pretrained=") for override in args.overrides):
-    raise UserError(f"--workdir={workdirs[0]} and --config.pretrained both name weights; give one of them")
+  commands.check_one_source(args, workdirs)
   workdir = workdirs[0] if workdirs else None
   if workdir:
     config = read_workdir_config(workdir)
   elif args.config:
     config = configs.load_config(args.config)
   else:
-    named = {"name": args.model or "boat_swin_tiny", "overrides": {}}
-    config = ml_collections.ConfigDict({"seed": 0, "model": named, "dataset": {"crop": 1.0}, "pretrained": None})
+    config = commands.published_model(args.model or "boat_swin_tiny", seed=0, dataset={"crop": 1.0}, pretrained=None)
   configs.override(config, args.overrides)
   try:
     heads = [int(head) for head in args.heads.split(",")] if args.heads else None
   except ValueError:
     raise UserError(f"--heads={args.heads} is no list of numbers; write for example --heads=0,1,2") from None
-  output = args.output or os.path.join(workdir or "", "analysis")
+  output = args.output or os.path.join(workdir or "", analysis.FOLDER)
   commands.print_written(draw_clusters(config, workdir, args.clusters, block=args.block, heads=heads, output=output))

@@ -24,7 +24,6 @@ def run(args: argparse.Namespace) -> None:
   Raises:
     UserError: a source that does not tell its model, and what `convert` refuses.
   """
-  import ml_collections
   import rich.console
   import rich.table
 
@@ -34,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
 
   source = args.source or args.workdir or default_workdir(configs.DEFAULT)
   if args.model:
-    config = ml_collections.ConfigDict({"model": {"name": args.model, "overrides": {}}})
+    config = commands.published_model(args.model)
   elif os.path.isdir(source):
     config = read_workdir_config(source)
   else:

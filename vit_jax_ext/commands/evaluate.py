@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
   """Prints the scores; of several processes one does."""
+  commands.check_one_source(args, [args.workdir] if args.workdir else [])  # before the others are waited for
   commands.join_processes(args)
   import jax
 

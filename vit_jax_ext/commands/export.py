@@ -23,21 +23,16 @@ def run(args: argparse.Namespace) -> None:
     raise UserError(f"--model={args.model} and --workdir={args.workdir}: give one of them to export")
   if not args.output:
     raise UserError("an export is written into a folder; give --output=DIR")
-  import ml_collections
-
   from vit_jax_ext import config as configs
   from vit_jax_ext.export import export
   from vit_jax_ext.workdir.config import read_workdir_config
 
+  commands.check_one_source(args, [args.workdir] if args.workdir else [])
   if args.workdir:
     config = read_workdir_config(args.workdir)
   else:
-    model = {"name": args.model, "overrides": {}}
-    config = ml_collections.ConfigDict({"model": model, "dataset": {"crop": None}, "pretrained": None})
-  trained = config.pretrained  # a run may have begun with other weights
+    config = commands.published_model(args.model, dataset={"crop": None}, pretrained=None)
   configs.override(config, args.overrides)
-  if args.workdir and config.pretrained != trained:
-    raise UserError(f"--workdir={args.workdir} and --config.pretrained both name weights; give one of them")
   exported = export(config.model, args.workdir or config.pretrained, args.output, crop=config.dataset.crop)
   commands.print_written(*exported.paths)
   print(f"{config.model.name}, {exported.source}; loaded back, the two files' logits differ by at most "

@@ -36,9 +36,8 @@ def run(args: argparse.Namespace) -> None:
     from vit_jax_ext.compare.report import study_cell
     from vit_jax_ext.studies.run import run_studies
 
-    tables, paths = run_studies(
-      args.study, seeds, args.overrides, args.output, threshold=args.threshold, head_threshold=args.head_threshold
-    )
+    thresholds = {"threshold": args.threshold, "head_threshold": args.head_threshold}
+    tables, paths = run_studies(args.study, seeds, args.overrides, args.output, thresholds)
   for table in tables:
     shown = rich.table.Table(*table["columns"], title=table["title"], caption=table["text"])
     for row in table["rows"]:

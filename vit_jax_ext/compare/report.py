@@ -12,8 +12,7 @@ import jinja2
 from vit_jax_ext.compare import charts, cost, results
 from vit_jax_ext.compare.charts import Axis, Series
 from vit_jax_ext.compare.results import Row, number
-from vit_jax_ext.compare.runs import data_address
-from vit_jax_ext.files import replace
+from vit_jax_ext.files import data_address, replace
 
 FILE = "report.html"
 STUDIES = "studies"
@@ -22,8 +21,10 @@ LINEAR = 1.02  # growth up to which an architecture counts as linear in the numb
 Model = Mapping[str, Any]  # of results["models"]
 
 
-def write(folder: str) -> None:
-  """Writes report.html of what a folder holds: results.json, and studies/NAME.json, either of which may be missing.
+def write(folder: str) -> str:
+  """Writes report.html of what a folder holds, and returns its path.
+
+  That is results.json, and studies/NAME.json, either of which may be missing.
 
   A study is a JSON object: `title`; `text`, a paragraph; `columns`, headings; `rows`, each a list of texts, numbers,
   [mean, spread] pairs, or null for what is not known. The figure studies/NAME.png, if there is one, comes below.
@@ -44,6 +45,7 @@ def write(folder: str) -> None:
     studies[-1]["figure"] = data_address(figure) if os.path.exists(figure) else None
   with replace(folder, FILE) as file:
     file.write(render(comparison, studies))
+  return os.path.join(folder, FILE)
 
 
 def render(comparison: Mapping[str, Any], studies: Sequence[Mapping[str, Any]] = ()) -> str:

@@ -1,12 +1,11 @@
 """What a training run has left in its workdir: accuracy, calibration, curves, and figures that `analyze` drew."""
 
-import base64
-import json
 import os
 from typing import Any
 
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.workdir import checkpoint
+from vit_jax_ext.files import data_address
+from vit_jax_ext.workdir import analysis, checkpoint
 from vit_jax_ext.workdir.config import read_workdir_config
 from vit_jax_ext.workdir.metrics import read_metrics
 
@@ -54,22 +53,13 @@ def _thin(points: list) -> list:
 
 
 def _read_analysis(workdir: str) -> dict[str, Any]:
-  """Reads the folder that `analyze` wrote for this run alone, or for it among several (as a study has them)."""
+  """Reads the folder that `analyze` wrote for this run alone, or for it among several in the folder above."""
   parent, name = os.path.split(os.path.abspath(workdir))
   similarity, figures = None, {}
-  for folder in (os.path.join(workdir, "analysis"), os.path.join(parent, "analysis", name)):
-    path = os.path.join(folder, "similarity.json")
-    if similarity is None and os.path.exists(path):
-      with open(path) as file:
-        similarity = json.load(file)
+  for folder in (os.path.join(workdir, analysis.FOLDER), os.path.join(parent, analysis.FOLDER, name)):
+    similarity = similarity or analysis.read_similarity(folder)
     for figure in FIGURES:
       path = os.path.join(folder, figure)
       if figure not in figures and os.path.exists(path) and os.path.getsize(path) <= FIGURE_BYTES:
         figures[figure] = data_address(path)
   return {"similarity": similarity, "figures": figures}
-
-
-def data_address(path: str) -> str:
-  """Returns a PNG file as an address that a page can hold in itself."""
-  with open(path, "rb") as file:
-    return "data:image/png;base64," + base64.b64encode(file.read()).decode()

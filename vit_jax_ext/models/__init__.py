@@ -1,1 +1,1 @@
-"""The architectures: pure JAX and Flax NNX, one file per paper."""
+"""The architectures: pure JAX and Flax NNX, one file per paper, and what they share."""

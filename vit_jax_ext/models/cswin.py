@@ -116,7 +116,8 @@ class CSWin(Pyramid):
   """The whole classifier; see Pyramid for the other arguments, for its call and intermediates.
 
   Args:
-    depth: number of blocks, of each stage.
+    embed_dim: width of the first stage; doubles with each stage.
+    depth, num_heads: blocks and heads, of each stage.
     split_size: width of the stripes of each stage, tokens; a stage takes the nearest divisor of its own sides
       (`layers.fit_window`). In the last stage one window spans the image. The authors' models for 384 pixels have
       (1, 2, 12, 12).
@@ -125,9 +126,19 @@ class CSWin(Pyramid):
   merging = MergeBlock
   patch_size = 4
 
-  def __init__(self, *, depth: Sequence[int] = (1, 2, 21, 1), split_size: Sequence[int] = (1, 2, 7, 7), **kw):
+  def __init__(
+    self,
+    *,
+    embed_dim: int = 64,
+    depth: Sequence[int] = (1, 2, 21, 1),
+    num_heads: Sequence[int] = (2, 4, 8, 16),
+    split_size: Sequence[int] = (1, 2, 7, 7),
+    **kw,
+  ):
+    if len(split_size) != len(depth):
+      raise UserError(f"split_size {tuple(split_size)} has not one value for each of {len(depth)} stages; change it")
     self.depths, self.split_size = tuple(depth), tuple(split_size)
-    super().__init__(**kw)
+    super().__init__(embed_dim=embed_dim, num_heads=num_heads, **kw)
 
   def add_embedding(self, dim: int, drop_rate: float, **kw) -> None:
     stem = Conv(3, dim, 7, stride=self.patch_size, padding=2, **kw)
@@ -136,7 +147,7 @@ class CSWin(Pyramid):
   def embed(self, images: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
     return self.stage1_conv_embed(images)
 
-  def regions(self, stage: int, index: int) -> tuple[list[Grid]]:
+  def block_arguments(self, stage: int, index: int) -> tuple[list[Grid]]:
     """Returns the stripes, vertical and horizontal ones; in the last stage one window."""
     grid = self.grids[stage]
     if stage == len(self.depths) - 1:

@@ -118,8 +118,9 @@ class DeepViT(IsotropicTransformer):
   The paper's width expansion (Table 1) is `embed_dim` alone.
 
   Args:
-    depth: number of blocks.
     patch_size: side of the square patches, pixels.
+    depth: number of blocks.
+    num_heads, mlp_ratio: heads and MLP expansion of every block.
     reattention_blocks: indices of the blocks with re-attention, the others attend plainly; None for all.
     reattention_norm: "batch", "layer" or "none"; see ReAttention.
     statistics_batch: images of which each BatchNorm, also that of the stem, takes statistics; None for the whole batch,
@@ -135,8 +136,10 @@ class DeepViT(IsotropicTransformer):
   def __init__(
     self,
     *,
-    depth: int = 16,
     patch_size: int = 16,
+    depth: int = 16,
+    num_heads: int = 12,
+    mlp_ratio: float = 3,
     reattention_blocks: Sequence[int] | None = None,
     reattention_norm: str = "batch",
     statistics_batch: int | None = None,
@@ -158,7 +161,7 @@ class DeepViT(IsotropicTransformer):
     self.reattention_blocks = tuple(reattention_blocks)
     self.reattention_norm, self.reatten_scale = reattention_norm, reatten_scale
     self.statistics_batch = statistics_batch
-    super().__init__(depth=depth, patch_size=patch_size, **kw)
+    super().__init__(patch_size=patch_size, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, **kw)
 
   def make_patch_embed(self) -> Callable[..., nnx.Module]:
     if not self.conv_stem:

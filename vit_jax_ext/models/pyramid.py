@@ -1,4 +1,4 @@
-"""Four stages of falling resolution and rising width: what Swin and CSWin, and BOAT on both, share.
+"""Stages of falling resolution and rising width: what Swin and CSWin, and BOAT on both, share.
 
 Tokens are (B, N, C), row by row; `grid` is the (rows, columns) they lie on.
 """
@@ -48,7 +48,7 @@ class Pyramid(nnx.Module):
   """The whole classifier: stages of blocks, norm, mean over the tokens, a linear head.
 
   The authors of Swin and CSWin call the same things by different names, so a subclass keeps its parts and finds them
-  again. Before it calls this constructor it sets `patch_size` and `depths`.
+  again. Before it calls this constructor it sets `patch_size`, `depths` and whatever its own methods use.
 
   Args:
     num_classes: classes of the head; 0 for none, which gives the pooled features instead of logits.
@@ -73,8 +73,8 @@ class Pyramid(nnx.Module):
     *,
     num_classes: int = 1000,
     image_size: tuple[int, int] = (224, 224),
-    embed_dim: int = 96,
-    num_heads: Sequence[int] = (3, 6, 12, 24),
+    embed_dim: int,
+    num_heads: Sequence[int],
     mlp_ratio: float = 4,
     drop_rate: float = 0.0,
     attn_drop_rate: float = 0.0,
@@ -82,6 +82,8 @@ class Pyramid(nnx.Module):
     remat: bool = False,
     **kw,
   ):
+    if len(num_heads) != len(self.depths):
+      raise UserError(f"num_heads {tuple(num_heads)} is not one value for each of {len(self.depths)} stages")
     rows, columns = layers.patch_grid(image_size, self.patch_size * 2 ** (len(self.depths) - 1))
     self.image_size = image_size
     self.drop_rates = (drop_rate, attn_drop_rate, drop_path_rate)
@@ -95,7 +97,7 @@ class Pyramid(nnx.Module):
         raise UserError(f"width {dim} of stage {i} does not divide into {heads} heads; change embed_dim or num_heads")
       blocks = [
         self.make_block(i, j)(
-          dim, heads, grid, *self.regions(i, j), mlp_ratio, drop_rate, attn_drop_rate, next(rates), **kw
+          dim, heads, grid, *self.block_arguments(i, j), mlp_ratio, drop_rate, attn_drop_rate, next(rates), **kw
         )
         for j in range(depth)
       ]
@@ -111,8 +113,8 @@ class Pyramid(nnx.Module):
     """Returns the tokens (B, N, C) of the first stage."""
     raise NotImplementedError
 
-  def regions(self, stage: int, index: int) -> tuple:
-    """Returns what block `index` of `stage` attends inside: arguments of its class."""
+  def block_arguments(self, stage: int, index: int) -> tuple:
+    """Returns what block `index` of `stage` attends inside, as further arguments of its class."""
     raise NotImplementedError
 
   def make_block(self, stage: int, index: int) -> Callable[..., PyramidBlock]:

@@ -159,17 +159,27 @@ class Swin(Pyramid):
 
   Args:
     patch_size: side of a patch, pixels.
-    depths: number of blocks, of each stage.
+    embed_dim: width of the first stage; doubles with each stage.
+    depths, num_heads: blocks and heads, of each stage.
     window_size: side of the windows, tokens; each stage takes the nearest divisor of its own sides
       (`layers.fit_window`). The authors' models for 384 pixels have 12.
   """
 
   merging = PatchMerging
 
-  def __init__(self, *, patch_size: int = 4, depths: Sequence[int] = (2, 2, 6, 2), window_size: int = 7, **kw):
+  def __init__(
+    self,
+    *,
+    patch_size: int = 4,
+    embed_dim: int = 96,
+    depths: Sequence[int] = (2, 2, 6, 2),
+    num_heads: Sequence[int] = (3, 6, 12, 24),
+    window_size: int = 7,
+    **kw,
+  ):
     self.patch_size, self.depths, self.window_size = patch_size, tuple(depths), window_size
     self.layers = nnx.List()
-    super().__init__(**kw)
+    super().__init__(embed_dim=embed_dim, num_heads=num_heads, **kw)
 
   def add_embedding(self, dim: int, drop_rate: float, **kw) -> None:
     self.patch_embed = PatchEmbed(self.patch_size, dim, **kw)
@@ -178,7 +188,7 @@ class Swin(Pyramid):
   def embed(self, images: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
     return drop(self.pos_drop, self.patch_embed(images), rngs)
 
-  def regions(self, stage: int, index: int) -> tuple[Grid, Grid]:
+  def block_arguments(self, stage: int, index: int) -> tuple[Grid, Grid]:
     """Returns the window, and by how many tokens it is shifted: in every other block by half."""
     grid = self.grids[stage]
     window = tuple(layers.fit_window(side, self.window_size) for side in grid)

@@ -3,7 +3,6 @@ can be compared already.
 """
 
 from collections.abc import Mapping, Sequence
-import dataclasses
 import os
 import time
 from typing import Any
@@ -26,9 +25,7 @@ def run_studies(
   seeds: int,
   overrides: Sequence[str],
   output: str,
-  *,
-  threshold: float = 0.8,
-  head_threshold: float = 0.5,
+  thresholds: Thresholds,
 ) -> tuple[list[dict[str, Any]], list[str]]:
   """Trains the runs of studies that are not there yet, and writes studies/NAME.json and report.html after each.
 
@@ -37,7 +34,7 @@ def run_studies(
     seeds: how many, from `config.seed` on.
     overrides: KEY=VALUE for every run.
     output: folder; the runs' workdirs are studies/NAME/CELL/seed_I in it.
-    threshold, head_threshold: see `similarity.measure_similarity`.
+    thresholds: from which similarity blocks and heads count as similar.
 
   Returns:
     For each study what its file holds, see `report.write`. A spread is the sample standard deviation over the seeds.
@@ -47,8 +44,8 @@ def run_studies(
     UserError: an unknown study, what a config or a model does not know, cells that do not differ any more, runs of
       another config in the folder, an unwritable folder, impossible thresholds.
   """
-  similarity.check_thresholds(threshold, head_threshold)  # before hours of training
-  thresholds, folder = Thresholds(threshold, head_threshold), os.path.join(output, report.STUDIES)
+  similarity.check_thresholds(**thresholds)  # before hours of training
+  folder = os.path.join(output, report.STUDIES)
   studies = [
     read_study(study, spec, overrides, seeds, os.path.join(folder, study), thresholds)
     for study, spec in find_studies(name).items()
@@ -58,8 +55,9 @@ def run_studies(
   if not jax.config.jax_compilation_cache_dir:  # a cell's programs are the same for all seeds
     jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.path.join(folder, ".compiled")))
   _train(studies, output)
-  tables = [each.write(output) for each in studies]
-  return tables, [os.path.join(folder, f"{each.name}.json") for each in studies] + [os.path.join(output, report.FILE)]
+  written = [each.write(output) for each in studies]
+  paths = dict.fromkeys(path for _, files in written for path in files)
+  return [table for table, _ in written], [*paths]
 
 
 def _train(studies: Sequence[Study], output: str) -> None:
@@ -81,7 +79,7 @@ def _train(studies: Sequence[Study], output: str) -> None:
         else:
           bar.begin(cell.total_steps, cell.total_steps)
         if cell.has_maps:
-          run.similarity, maps = measure.measure(run.config, run.workdir, **dataclasses.asdict(study.thresholds))
+          run.similarity, maps = measure.measure(run.config, run.workdir, **study.thresholds)
           measure.write(run.analysis, run.similarity, maps)
       study.write(output)
 

@@ -3,10 +3,9 @@
 A study is a config file with a STUDY (`config.read_study`), which lists the cells.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import difflib
-import json
 import os
 import pathlib
 import statistics
@@ -16,30 +15,27 @@ from absl import logging
 import ml_collections
 
 from vit_jax_ext import config as configs
-from vit_jax_ext.attention import figures, measure
+from vit_jax_ext.attention import figures
 from vit_jax_ext.compare import cost, report
 from vit_jax_ext.data.datasets import open_dataset
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.files import write_json
 from vit_jax_ext.models.isotropic import IsotropicTransformer
 from vit_jax_ext.training.experiment import Experiment
-from vit_jax_ext.workdir import checkpoint
+from vit_jax_ext.workdir import analysis, checkpoint
 from vit_jax_ext.workdir.config import check_workdir
 from vit_jax_ext.workdir.metrics import read_metrics
 
-# The papers' questions. From two seeds all three take half an hour on two CPU cores.
+# The papers' questions. From two seeds all three take about 21 minutes on two CPU cores, without the figures.
 STUDIES = {name: str(configs.CONFIGS / f"digits_{name}.py") for name in ("fusion", "depth", "boat")}
 
 # A first guess of the seconds of a training step on two CPU cores, per operation of the forward pass and multiply-add.
 STEP = (2e-5, 1.5e-10)
 
 
-@dataclasses.dataclass(frozen=True)
-class Thresholds:
-  """From which cosine similarity blocks and heads count as similar, see `similarity.measure_similarity`."""
-
-  threshold: float
-  head_threshold: float
+# From which cosine similarity blocks and heads count as similar: `threshold` and `head_threshold` of
+# `similarity.measure_similarity`.
+Thresholds = Mapping[str, float]
 
 
 @dataclasses.dataclass
@@ -56,7 +52,7 @@ class Run:
   @property
   def analysis(self) -> str:
     """The folder of what was measured of the run's attention maps."""
-    return os.path.join(self.workdir, "analysis")
+    return os.path.join(self.workdir, analysis.FOLDER)
 
   def read(self, total_steps: int, thresholds: Thresholds) -> None:
     """Reads what the run has left; `top1` only when the last step was saved too."""
@@ -65,12 +61,9 @@ class Run:
     last = [row[key] for row in rows if row["step"] == total_steps and (key := "eval/top1") in row]
     if last and checkpoint.latest_step(self.workdir) == total_steps:
       self.top1 = last[-1]
-    path = os.path.join(self.analysis, measure.FILE)
-    if os.path.exists(path):
-      with open(path) as file:
-        summary = json.load(file)
-      if summary.items() >= dataclasses.asdict(thresholds).items():
-        self.similarity = summary
+    summary = analysis.read_similarity(self.analysis)
+    if summary and all(summary[name] == value for name, value in thresholds.items()):
+      self.similarity = summary
 
 
 @dataclasses.dataclass
@@ -94,6 +87,13 @@ class Cell:
   def missing(self) -> list[Run]:
     """Returns the runs that are not finished."""
     return [run for run in self.runs if run.top1 is None or (self.has_maps and run.similarity is None)]
+
+  def similarity(self) -> dict[str, Any] | None:
+    """Returns what was measured of the attention maps, the number of similar blocks as the mean of the runs."""
+    summaries = [run.similarity for run in self.runs if run.similarity]
+    if not summaries:
+      return None
+    return summaries[0] | {"similar_blocks": statistics.mean(summary["similar_blocks"] for summary in summaries)}
 
   def row(self, with_maps: bool) -> list[Any]:
     """Returns the table's row but for the label (see `report.write`)."""
@@ -120,8 +120,12 @@ class Study:
   cells: list[Cell]
   thresholds: Thresholds
 
-  def write(self, output: str) -> dict[str, Any]:
-    """Writes the table of what is finished, a figure of similar blocks, and the page; returns the table."""
+  def write(self, output: str) -> tuple[dict[str, Any], list[str]]:
+    """Writes the table of what is finished, a figure of similar blocks if there are some, and the page.
+
+    Returns:
+      The table, and the paths of all.
+    """
     with_maps = any(cell.has_maps for cell in self.cells)
     runs = sum(len(cell.runs) for cell in self.cells)
     missing = sum(len(cell.missing()) for cell in self.cells)
@@ -133,12 +137,11 @@ class Study:
       "rows": [[label, *cell.row(with_maps)] for label, cell in zip(self.labels, self.cells, strict=True)],
     }  # fmt: skip
     folder = os.path.join(output, report.STUDIES)
-    if summaries := [run.similarity for cell in self.cells for run in cell.runs if run.similarity]:
-      figure = figures.similar_blocks_against_depth(summaries)
-      figures.save(folder, f"{self.name}.png", figure)
-    write_json(folder, f"{self.name}.json", table)
-    report.write(output)
-    return table
+    paths = [write_json(folder, f"{self.name}.json", table)]
+    if points := [point for cell in self.cells if (point := cell.similarity())]:
+      figure = figures.similar_blocks_against_depth(points)
+      paths.append(figures.save(folder, f"{self.name}.png", figure))
+    return table, [*paths, report.write(output)]
 
 
 def find_studies(name: str) -> dict[str, str]:
@@ -184,7 +187,7 @@ def read_study(
   text = [*settings, f"mean ± sample standard deviation of {seeds} seeds" if seeds > 1 else "one seed"]
   if any(cell.has_maps for cell in cells):
     text.append(
-      f"similar blocks: those whose maps have a cosine of {thresholds.threshold} or more with the next block's"
+      f"similar blocks: those whose maps have a cosine of {thresholds['threshold']} or more with the next block's"
     )
   text = "; ".join(text)
   return Study(name, title, f"{text[0].upper()}{text[1:]}.", list(labels.values()), cells, thresholds)

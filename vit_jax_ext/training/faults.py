@@ -1,4 +1,4 @@
-"""What ends a run before its last step: the machine is taken away, the disk is full, the loss is not finite."""
+"""What ends a run before its last step: the machine is taken away, the loss is not finite."""
 
 import signal
 import threading

@@ -89,7 +89,7 @@ def make_loss(
     cosine_blocks: its blocks.
     linear_probe: only the classifier has gradients; the rest of the model works as in evaluation.
     augment: called with (key, images, labels), returns images and labels; see `mixup.augment`. The images are
-      normalised, the labels may become probabilities (B, classes).
+      normalised, the labels may become probabilities (B, classes). With accumulation it sees one part at a time.
     gather: brings the parameters from where they are kept to where they are used, see `partition.Layout`.
 
   The batch holds `image` uint8 (B, H, W, 3) and `label` int32 (B,); from `key` come augmentation, dropout and

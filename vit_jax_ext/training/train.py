@@ -71,7 +71,7 @@ def train(
     claim_workdir(workdir, config)
   if first_step:
     like = checkpoint.abstract(jax.eval_shape(experiment.init), experiment.places)
-    state = TrainState.from_items(checkpoint.restore(workdir, first_step, like.items()))
+    state = TrainState.from_checkpoint(checkpoint.restore(workdir, first_step, like.checkpoint_items()))
   with distributed.first_process_first("damaged"):  # by now all processes have inspected them
     checkpoint.set_aside(workdir, damaged)
 
@@ -157,7 +157,7 @@ def train(
           results = evaluate_state()
           writer.write_scalars(step, results)
         if saved:
-          checkpoint.save(checkpoints, step, state.items(), results if evaluated else None)
+          checkpoint.save(checkpoints, step, state.checkpoint_items(), results if evaluated else None)
           saved_step = step
         if logged or evaluated:
           clock_step, clock = step, time.monotonic()
@@ -166,7 +166,7 @@ def train(
       finite.check()
       step = int(state.step)
       if step > saved_step:
-        checkpoint.save(checkpoints, step, state.items(), None)
+        checkpoint.save(checkpoints, step, state.checkpoint_items(), None)
       raise Preempted(f"preempted at step {step} of {total_steps}; the same command continues from there") from None
   logging.info("finished: %s", ", ".join(f"{name} {value:.4f}" for name, value in results.items()))
   return results

@@ -35,7 +35,7 @@ class TrainState:
   opt_state: Any
   ema: Any
 
-  def items(self) -> dict[str, Any]:
+  def checkpoint_items(self) -> dict[str, Any]:
     """Returns the parts that a checkpoint keeps apart, so that weights can be read alone; without empty ones."""
     items = {
       "model": {"params": self.params, "stats": self.stats},
@@ -45,8 +45,8 @@ class TrainState:
     return {name: item for name, item in items.items() if jax.tree.leaves(item)}
 
   @classmethod
-  def from_items(cls, items: dict[str, Any]) -> "TrainState":
-    """Inverse of `items`."""
+  def from_checkpoint(cls, items: dict[str, Any]) -> "TrainState":
+    """Inverse of `checkpoint_items`."""
     return cls(**items["optimizer"], **items["model"], ema=items.get("ema") or {})
 
 
