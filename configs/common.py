@@ -136,6 +136,7 @@ def fine_tune(config: ConfigDict, weights: str) -> None:
     config: a recipe, at the higher resolution.
     weights: those of the lower resolution.
   """
+  config.model.overrides.drop_path_rate = 0.0  # nothing is dropped in evaluation mode, in which --finetune trains
   config.pretrained = weights
   config.batch_size = 512  # 2 nodes of 8 GPUs, 32 images each
   config.augment.mixing_batch = 32

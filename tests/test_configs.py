@@ -101,12 +101,16 @@ def test_recipes_are_those_of_the_papers(spec):
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.endswith("_384")])
 def test_fine_tuning_is_deits(spec):
-  """README_deit.md: 16 GPUs with 32 images each, --lr 5e-6 --min-lr 5e-6 --weight-decay 1e-8 --epochs 30."""
+  """README_deit.md: 16 GPUs with 32 images each, --lr 5e-6 --min-lr 5e-6 --weight-decay 1e-8 --epochs 30.
+
+  Then engine.py trains in evaluation mode, where nothing is dropped, and so does CrossViT's.
+  """
   config = load(spec)
   assert config.model.name.endswith("_384")
   assert (config.batch_size, config.augment.mixing_batch, config.total_epochs) == (512, 32, 30)
   assert config.optimizer.learning_rate == config.optimizer.final_learning_rate == 5e-6
   assert (config.optimizer.weight_decay, config.optimizer.cooldown_epochs) == (1e-8, 0)
+  assert config.model.overrides.drop_path_rate == 0
   lower = config.model.name.replace("_384", "_224") if "crossvit" in spec else "deepvit_l"
   assert config.pretrained == registry.get_variant(lower).url
 
