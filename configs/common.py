@@ -24,7 +24,7 @@ def base_config() -> ConfigDict:
   config.dataset.train_split = "train"
   config.dataset.eval_split = "validation"
   config.dataset.shuffle_buffer = 50_000
-  config.dataset.crop = config_dict.placeholder(float)  # evaluation's centre crop; None: the variant's
+  config.dataset.crop = config_dict.placeholder(float)  # evaluation's; None: as published for the size
   config.dataset.shift = 0.0  # augmentation: largest displacement, share of a side
   config.dataset.scale = 0.0  # augmentation: largest change of size
 
