@@ -129,12 +129,12 @@ def deit_recipe(model: str, *, batch_size: int) -> ConfigDict:
   return config
 
 
-def fine_tune(config: ConfigDict, weights: str) -> None:
+def fine_tune(config: ConfigDict, weights: str | bool) -> None:
   """Turns a recipe into the fine-tuning at a higher resolution that DeiT's README gives (DeiT-B at 384).
 
   Args:
     config: a recipe, at the higher resolution.
-    weights: those of the lower resolution.
+    weights: those of the lower resolution, as config.pretrained names them.
   """
   config.model.overrides.drop_path_rate = 0.0  # nothing is dropped in evaluation mode, in which --finetune trains
   config.pretrained = weights
