@@ -24,7 +24,7 @@ def base_config() -> ConfigDict:
   config.dataset.train_split = "train"
   config.dataset.eval_split = "validation"
   config.dataset.shuffle_buffer = 50_000
-  config.dataset.crop = config_dict.placeholder(float)  # evaluation's centre crop; None: the variant's
+  config.dataset.crop = config_dict.placeholder(float)  # evaluation's; None: as published for the size
   config.dataset.shift = 0.0  # augmentation: largest displacement, share of a side
   config.dataset.scale = 0.0  # augmentation: largest change of size
 
@@ -132,13 +132,14 @@ def deit_recipe(model: str, *, batch_size: int) -> ConfigDict:
   return config
 
 
-def fine_tune(config: ConfigDict, weights: str) -> None:
+def fine_tune(config: ConfigDict, weights: str | bool) -> None:
   """Turns a recipe into the fine-tuning at a higher resolution that DeiT's README gives (DeiT-B at 384).
 
   Args:
     config: a recipe, at the higher resolution.
-    weights: those of the lower resolution.
+    weights: those of the lower resolution, as config.pretrained names them.
   """
+  config.model.overrides.drop_path_rate = 0.0  # nothing is dropped in evaluation mode, in which --finetune trains
   config.pretrained = weights
   config.batch_size = 512  # 2 nodes of 8 GPUs, 32 images each
   config.augment.mixing_batch = 32

@@ -28,6 +28,5 @@ def get_config(variant: str = "15_dagger"):
     # 30 epochs, says section 4.1. The rest is DeiT's, on whose code the authors built.
     common.fine_tune(config, WEIGHTS.format(variant.removesuffix("_384")))
     config.optimizer.warmup_epochs = 5.0  # main.py's default
-    config.model.overrides.drop_path_rate = 0.0  # --finetune trains in evaluation mode: nothing is dropped
   config.when_smoke.model = dict(overrides=dict(image_size=60, depth=((1, 1),), embed_dim=(16, 32), num_heads=(2, 2)))
   return config

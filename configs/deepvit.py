@@ -4,7 +4,8 @@ Run: python main.py --config=configs/deepvit.py:VARIANT --workdir=DIR
 Hardware: the authors' scripts put 32 images on each GPU and do not say on how many; eight are assumed here.
 VARIANT, and the paper's ImageNet top-1: 16b 79.10, 24b 79.99, 32b 80.90, s 82.3, l 83.1, l_384 84.25.
 How l_384 was made is not published: it is fine-tuned here as DeiT was, from weights of l that you name:
---config.pretrained=WORKDIR or FILE (the authors' are behind the address in the config).
+--config.pretrained=WORKDIR or FILE (the authors' are behind the address in the config). BatchNorm trains on:
+DeiT, which has none, fine-tunes in evaluation mode, and we take from that only that nothing is dropped.
 """
 
 from configs import common

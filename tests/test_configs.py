@@ -12,6 +12,7 @@ import pytest
 from tests.command_line import execute
 import vit_jax_ext as vx
 from vit_jax_ext import config as configs
+from vit_jax_ext.compare.cost import count_params
 from vit_jax_ext.models import registry
 from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.workdir.config import claim_workdir, read_workdir_config
@@ -21,15 +22,13 @@ ARGUMENTS = {
   "crossvit": (*SIZES, "9", "15", "18", "9_dagger", "15_dagger", "18_dagger", "15_dagger_384", "18_dagger_384"),
   "deepvit": ("16b", "24b", "32b", "s", "l", "l_384"),
   "boat": tuple(f"{family}_{size}" for family in ("swin", "cswin") for size in SIZES),
-  "vit": ("deit_tiny", "deit_small", "deit_base", "16b", "24b", "32b"),
-  "swin": SIZES,
-  "cswin": SIZES,
+  "vit": ("deit_tiny", "deit_small", "deit_base", "deit_base_384", "16b", "24b", "32b"),
+  "swin": (*SIZES, "base_384"),
+  "cswin": (*SIZES, "base_384"),
 }
 SPECS = [f"configs/{family}.py:{argument}" for family, arguments in ARGUMENTS.items() for argument in arguments]
 
 SHARED = {
-  "optimizer.initial_learning_rate": 1e-6,
-  "optimizer.final_learning_rate": 1e-5,
   "optimizer.warmup_prefix": False,
   "label_smoothing": 0.1,
   "augment.randaugment": "rand-m9-mstd0.5-inc1",
@@ -39,6 +38,7 @@ SHARED = {
   "dataset.name": "imagenet2012",
   "dataset.crop": None,  # the variant's
 }
+STARTS_AND_FLOORS = {"optimizer.initial_learning_rate": 1e-6, "optimizer.final_learning_rate": 1e-5}
 NAMES = ("batch_size", "optimizer.learning_rate", "optimizer.warmup_epochs", "optimizer.weight_decay",
          "model.overrides.drop_path_rate", "augment.mixup", "augment.cutmix", "ema_decay", "optimizer.clip_norm",
          "augment.repeats", "augment.interpolation", "optimizer.per_epoch", "total_epochs",
@@ -58,6 +58,45 @@ CSWIN = {
   "base": (1024, 1e-3, 20, 0.1, 0.5, 0.8, 1.0, 0.99992, None, 1, "random", True, 310, 10, True),
 }
 DEIT = (1024, 1e-3, 5, 0.05, 0.1, 0.8, 1.0, 0, None, 3, "bicubic", True, 300, 0, False)
+# Fine-tuning at 384 pixels: NAMES and RATES; then the paper's top-1, the model's parameters in millions, the crop of
+# evaluation, and the weights to start from.
+RATES = ("optimizer.initial_learning_rate", "optimizer.final_learning_rate", "augment.mixing_batch")
+# facebookresearch/deit, README_deit.md: run_with_submitit.py --batch-size 32 --nodes 2 --lr 5e-6 --min-lr 5e-6
+# --weight-decay 1e-8 --epochs 30; the rest are main.py's defaults. engine.py trains in evaluation mode then, where
+# nothing is dropped, and so does CrossViT's.
+DEIT_384 = (512, 5e-6, 5, 1e-8, 0, 0.8, 1.0, 0, None, 3, "bicubic", True, 30, 0, False), (1e-6, 5e-6, 32)
+FINE_TUNED = {
+  "vit.py:deit_base_384": (
+    *DEIT_384,
+    83.1, 87, 1.0, "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth",
+  ),
+  "crossvit.py:15_dagger_384": (
+    *DEIT_384,
+    83.5, 29, 0.875, "https://github.com/IBM/CrossViT/releases/download/weights-0.1/crossvit_15_dagger_224.pth",
+  ),
+  "crossvit.py:18_dagger_384": (
+    *DEIT_384,
+    83.9, 45, 0.875, "https://github.com/IBM/CrossViT/releases/download/weights-0.1/crossvit_18_dagger_224.pth",
+  ),
+  # No script of its own is published.
+  "deepvit.py:l_384": (
+    (512, 5e-6, 5, 1e-8, 0, 0.8, 1.0, 0.99996, None, 1, "random", True, 30, 0, True), (1e-6, 5e-6, 32),
+    84.25, 59, 1.0, registry.get_variant("deepvit_l").url,
+  ),
+  # microsoft/Swin-Transformer, configs/swin/swin_base_patch4_window12_384_finetune.yaml: BASE_LR 2e-5, WARMUP_LR 2e-8,
+  # MIN_LR 2e-7, which main.py multiplies by B / 512; get_started.md: 8 GPUs, --batch-size 64 --accumulation-steps 2.
+  "swin.py:base_384": (
+    (1024, 4e-5, 5, 1e-8, 0.5, 0.8, 1.0, 0, 5.0, 1, "bicubic", False, 30, 0, False), (4e-8, 4e-7, 64),
+    84.5, 88, 1.0,
+    "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_base_patch4_window7_224.pth",
+  ),
+  # microsoft/CSWin-Transformer, README: finetune.sh 8 -b 32 --lr 5e-6 --min-lr 5e-7 --weight-decay 1e-8 --warmup-epochs
+  # 0 --model-ema-decay 0.9998 --epochs 20 --mixup 0.1 --cooldown-epochs 10 --drop-path 0.7 --lr-scale 1 --cutmix 0.1.
+  "cswin.py:base_384": (
+    (256, 5e-6, 0, 1e-8, 0.7, 0.1, 0.1, 0.9998, None, 1, "random", True, 30, 10, True), (1e-6, 5e-7, 32),
+    85.4, 77, 1.0, "https://github.com/microsoft/CSWin-Transformer/releases/download/v0.1.0/cswin_base_224.pth",
+  ),
+}  # fmt: skip
 
 
 def row(family, argument):
@@ -88,27 +127,41 @@ def family_and_argument(spec):
   return re.fullmatch(r"configs/(\w+).py:(\w+)", spec).groups()
 
 
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.endswith("_384")])
-def test_recipes_are_those_of_the_papers(spec):
-  expected = row(*family_and_argument(spec))
-  config = load(spec)
-  for name, figure in (SHARED | dict(zip(NAMES, expected, strict=True))).items():
+def check(config, figures):
+  for name, figure in figures.items():
     ours = value(config, name)
     assert ours == (pytest.approx(figure, rel=1e-12) if isinstance(figure, float) else figure), name
   assert config.total_steps is None and config.optimizer.warmup_steps == 0
   assert config.batch_size % config.augment.mixing_batch == 0
 
 
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.endswith("_384")])
+def test_recipes_are_those_of_the_papers(spec):
+  expected = row(*family_and_argument(spec))
+  check(load(spec), SHARED | STARTS_AND_FLOORS | dict(zip(NAMES, expected, strict=True)))
+
+
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.endswith("_384")])
-def test_fine_tuning_is_deits(spec):
-  """README_deit.md: 16 GPUs with 32 images each, --lr 5e-6 --min-lr 5e-6 --weight-decay 1e-8 --epochs 30."""
+def test_fine_tuning_is_that_of_the_authors(spec):
+  expected, rates, _, millions, crop, weights = FINE_TUNED[spec.removeprefix("configs/")]
   config = load(spec)
-  assert config.model.name.endswith("_384")
-  assert (config.batch_size, config.augment.mixing_batch, config.total_epochs) == (512, 32, 30)
-  assert config.optimizer.learning_rate == config.optimizer.final_learning_rate == 5e-6
-  assert (config.optimizer.weight_decay, config.optimizer.cooldown_epochs) == (1e-8, 0)
-  lower = config.model.name.replace("_384", "_224") if "crossvit" in spec else "deepvit_l"
-  assert config.pretrained == registry.get_variant(lower).url
+  check(config, SHARED | dict(zip(NAMES, expected, strict=True)) | dict(zip(RATES, rates, strict=True)))
+  variant = registry.get_variant(config.model.name)
+  assert weights == (variant.url if config.pretrained is True else config.pretrained)
+  model = registry.abstract_model(config.model, 1000)
+  assert model.image_size == ((408, 408) if "crossvit" in spec else (384, 384))
+  assert round(count_params(model) / 1e6) == millions
+  assert variant.crop_at(model.image_size) == crop
+
+
+def test_windows_at_384():
+  """WINDOW_SIZE: 12 of the yaml; split_size of CSWin_96_24322_base_384 in models/cswin.py."""
+  swin, cswin = (
+    registry.abstract_model(load(f"configs/{family}.py:base_384").model, 1000) for family in ("swin", "cswin")
+  )
+  assert {block.attn.window for stage in swin.layers for block in stage.blocks} == {(12, 12)}
+  widths = [blocks[0].attns[0].stripe[1] for _, blocks, _ in cswin.stages()]
+  assert widths == [1, 2, 12, 12]
 
 
 def test_cosine_regularizer_is_of_32b_alone():
@@ -130,6 +183,8 @@ def test_models_can_be_built(spec, smoke):
 def test_published_accuracy_is_in_the_docstring(spec):
   _, argument = family_and_argument(spec)
   top1 = registry.get_variant(load(spec).model.name).top1
+  if spec.endswith("_384"):
+    _, _, top1, *_ = FINE_TUNED[spec.removeprefix("configs/")]
   docstring = configs._load_module(spec.split(":")[0]).__doc__
   figures = dict(re.findall(r"\b(\w+) (\d\d\.\d+)", docstring))
   assert top1 is None or float(figures[argument]) == top1
@@ -152,6 +207,7 @@ def test_learning_rate_follows_the_batch_size():
   config = load("configs/boat.py:swin_tiny", "batch_size=2048")
   rates = config.optimizer.initial_learning_rate, config.optimizer.learning_rate, config.optimizer.final_learning_rate
   assert rates == pytest.approx((2e-6, 2e-3, 2e-5))
+  assert load("configs/cswin.py:base_384", "batch_size=128").optimizer.learning_rate == pytest.approx(2.5e-6)
 
 
 @pytest.mark.parametrize("spec", SPECS[::6])
@@ -200,7 +256,7 @@ def test_every_recipe_describes_a_training_step(spec):
 # One of each shape; sizes differ in numbers alone. `pytest -m slow` smokes all.
 SMOKED = ("crossvit.py:15_dagger", "crossvit.py:18_dagger_384", "deepvit.py:32b", "deepvit.py:s", "deepvit.py:l_384",
           "boat.py:swin_tiny", "boat.py:cswin_tiny", "vit.py:deit_small", "vit.py:16b", "swin.py:tiny",
-          "cswin.py:tiny")  # fmt: skip
+          "cswin.py:tiny", "cswin.py:base_384")  # fmt: skip
 
 
 @pytest.mark.parametrize(

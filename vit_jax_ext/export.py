@@ -49,7 +49,7 @@ def export(spec: Mapping[str, Any], weights: Any, output: str, *, crop: float | 
     weights: see `load_pretrained`; of a workdir the best checkpoint is taken, averaged weights where it has some. None
       for random weights.
     output: folder.
-    crop: share of a side that evaluation sees; None for the variant's.
+    crop: share of a side that evaluation sees; None for what was published at the model's size.
 
   Raises:
     UserError: an unknown model, files that exist, weights that do not fit, an unwritable folder.
@@ -104,7 +104,7 @@ def _describe(
   model: nnx.Module, program: jax.export.Exported, spec: Mapping[str, Any], source: str, crop: float | None
 ) -> dict[str, Any]:
   variant = registry.get_variant(spec["name"])
-  crop = crop or variant.crop
+  crop = crop or variant.crop_at(model.image_size)
   height, width = model.image_size
   (logits,) = program.out_avals
   return {

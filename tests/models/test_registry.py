@@ -1,5 +1,8 @@
 """Every registered name."""
 
+import pathlib
+import re
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -57,6 +60,41 @@ def test_names():
 def test_parameter_count(name):
   model = registry.abstract_model({"name": name, "overrides": {}}, num_classes=1000)
   assert count_params(model) == PARAMS[name] == registry.VARIANTS[name].params
+
+
+@pytest.mark.parametrize(
+  ("name", "image_size", "crop"),
+  [
+    ("deit_base_patch16_224", (224, 224), 0.875),
+    ("deit_base_patch16_224", (384, 384), 1.0),  # with which the paper's 83.1 comes out (timm: 83.108)
+    ("deit_small_patch16_224", (384, 384), 0.875),  # published at 224 alone
+    ("swin_base", (224, 224), 0.875),
+    ("swin_base", (384, 384), 1.0),  # swin_base_patch4_window12_384_finetune.yaml: TEST.CROP False
+    ("swin_base", (384, 512), 0.875),
+    ("swin_tiny", (384, 384), 0.875),
+    ("cswin_base", (224, 224), 0.9),
+    ("cswin_base", (384, 384), 1.0),  # models/cswin.py, cswin_384: crop_pct 1.0
+    ("boat_swin_base", (384, 384), 1.0),
+    ("boat_cswin_base", (384, 384), 1.0),
+    ("crossvit_18_dagger_224", (240, 240), 0.875),
+    ("crossvit_18_dagger_384", (408, 408), 0.875),  # main.py, --crop-ratio: 256 / 224
+    ("deepvit_l", (224, 224), 0.9),
+    ("deepvit_l_384", (384, 384), 1.0),
+  ],
+)
+def test_the_crop_is_that_published_for_the_size(name, image_size, crop):
+  assert registry.get_variant(name).crop_at(image_size) == crop
+
+
+def test_all_ask_for_the_crop_of_the_models_size():
+  package = pathlib.Path(registry.__file__).parents[1]
+  uses = {
+    (path.relative_to(package).as_posix(), use)
+    for path in package.rglob("*.py")
+    for use in re.findall(r"variant\.(crop\w*(?:\([^)]*\))?)", path.read_text())
+  }
+  users = "attention/clusters.py", "attention/measure.py", "export.py", "training/evaluate.py", "training/predict.py"
+  assert uses == {(path, "crop_at(model.image_size)") for path in users}
 
 
 def create(**kw):

@@ -60,7 +60,8 @@ def draw_clusters(
   for head in heads:
     if not 0 <= head < attention.num_heads:
       raise UserError(f"head {head} does not exist; block {block} has heads 0 to {attention.num_heads - 1}")
-  pixels = input_pipeline.read_image(image, model.image_size, config.dataset.crop or variant.crop)
+  crop = config.dataset.crop or variant.crop_at(model.image_size)
+  pixels = input_pipeline.read_image(image, model.image_size, crop)
 
   trained = workdir or config.pretrained
   if trained:

@@ -79,7 +79,7 @@ def measure(
     config.dataset.eval_split,
     batch_size=BATCH_SIZE,
     image_size=model.image_size,
-    crop=config.dataset.crop or variant.crop,
+    crop=config.dataset.crop or variant.crop_at(model.image_size),
   )
   summary, maps = similarity.measure_similarity(
     nnx.merge(split_model(model)[0], weights["params"], weights["stats"]),

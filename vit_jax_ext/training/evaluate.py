@@ -66,7 +66,7 @@ class SplitEvaluator:
     self._options = dict(
       batch_size=config.batch_size // jax.process_count(),
       image_size=model.image_size,
-      crop=config.dataset.crop or variant.crop,
+      crop=config.dataset.crop or variant.crop_at(model.image_size),
       max_unreadable=config.dataset.max_unreadable,
     )
 

@@ -33,7 +33,7 @@ def predict(config: ml_collections.ConfigDict, workdir: str | None, paths: Seque
   variant = registry.get_variant(config.model.name)
   class_names = open_dataset(config.dataset.name, config.dataset.data_dir).class_names
   model = registry.abstract_model(config.model, len(class_names))
-  crop = config.dataset.crop or variant.crop
+  crop = config.dataset.crop or variant.crop_at(model.image_size)
   images = np.stack([input_pipeline.read_image(path, model.image_size, crop) for path in paths])
 
   layout = Layout(model, sharding.make_mesh(config.mesh))
