@@ -66,7 +66,33 @@ def test_averages_and_remat_keep_the_statistics(x64):
   _, remat_step = make(model_options=options | dict(remat=True), ema_decay=0.9)
   new, _ = step(state, batch())
   assert_close(new, remat_step(state, batch())[0], atol=1e-10)
-  assert_close(new.ema["stats"], jax.tree.map(lambda old, s: 0.9 * old + 0.1 * s, state.stats, new.stats), atol=1e-12)
+  first = jax.tree.map(lambda old, s: (s - 0.9 * old) / 0.1, state.stats, new.stats)
+  assert_close(new.ema["stats"], first, atol=1e-12)  # not from a variance of 1
+  later, _ = step(new, batch(1))
+  second = jax.tree.map(lambda old, s: (s - 0.9 * old) / 0.1, new.stats, later.stats)
+  assert_close(later.ema["stats"], jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, first, second), atol=1e-12)
+
+
+def test_averaged_variances_are_those_of_the_maps(x64):
+  """Those are tiny; the running averages need a hundred steps to forget the 1 they begin with. In float32 as in 64."""
+  averaged = {}
+  for dtype in ("float32", "float64"):
+    state, step = make("deepvit_16b", dict(dtype=dtype, param_dtype=dtype, drop_path_rate=0.0), ema_decay=0.99)
+    for seed in range(5):
+      state, _ = step(state, batch(seed))
+    averaged[dtype], running = (
+      np.asarray(stats["blocks"][0]["attn"]["var_norm"]["var"]) for stats in (state.ema["stats"], state.stats)
+    )
+    assert np.all(averaged[dtype] < 1e-2) and np.all(running > 0.5)
+  np.testing.assert_allclose(averaged["float32"], averaged["float64"], atol=1e-6)
+
+
+def test_accumulated_parts_have_statistics_of_their_own(x64):
+  """The averages take up those of the parts, of which the running ones have seen each."""
+  state, step = make(model_options=dict(reattention_blocks=(1,)), ema_decay=0.9, accumulation_steps=2)
+  new, _ = step(state, batch())
+  expected = jax.tree.map(lambda old, s: (s - 0.81 * old) / 0.19, state.stats, new.stats)
+  assert_close(new.ema["stats"], expected, atol=1e-12)
 
 
 def test_cosine_regularizer_is_part_of_the_loss_and_of_the_update(x64):

@@ -24,9 +24,9 @@ import vit_jax_ext as vx
 from vit_jax_ext.console import Progress
 from vit_jax_ext.errors import Preempted, RunError
 from vit_jax_ext.models.functional import split_model
-from vit_jax_ext.training import faults
+from vit_jax_ext.training import faults, optimizer
 from vit_jax_ext.training.train import train
-from vit_jax_ext.training.train_step import init_state
+from vit_jax_ext.training.train_step import TrainState, init_state, make_train_step
 from vit_jax_ext.workdir import checkpoint, digests
 from vit_jax_ext.workdir.config import check_workdir
 
@@ -207,6 +207,24 @@ def test_an_update_that_is_not_finite_is_left_out():
   expected.step = skipped.step
   jax.tree.map(np.testing.assert_array_equal, skipped, expected)
   assert not np.array_equal(skipped.params["head"]["kernel"], after_good.params["head"]["kernel"])
+
+
+def test_the_schedule_counts_an_update_that_is_left_out():
+  """The learning rate of a step is that of its number, which the log says too."""
+  tx = optimizer.adamw(lambda count: 0.1 * count, weight_decay=0.0, no_decay=(), clip_norm=None)
+
+  def loss(params, stats, batch, key):
+    return jnp.sum(params["x"] * batch["slope"]), (stats, {"loss": jnp.sum(params["x"] * batch["slope"])})
+
+  step = jax.jit(make_train_step(loss, tx, seed=0, skip_nonfinite=True))
+  params = {"x": jnp.ones(3)}
+  state = TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params), {})
+  sizes = []
+  for slope in (1.0, np.nan, 1.0):
+    new, _ = step(state, {"slope": jnp.full(3, slope)})
+    sizes.append(float(jnp.abs(new.params["x"] - state.params["x"]).max()))
+    state = new
+  np.testing.assert_allclose(sizes, [0.0, 0.0, 0.2], atol=1e-5)  # Adam's first steps are of the learning rate's size
 
 
 def test_endless_skipping_ends():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import vit_jax_ext as vx
 from vit_jax_ext.training import mixup, sharding
 
 CLASSES = 10
@@ -135,10 +136,18 @@ def test_mixing_batches_draw_for_themselves_and_keep_to_themselves():
     np.testing.assert_allclose(own, shares[-1] * part + (1 - shares[-1]) * part[::-1], atol=1e-4)
   assert len({round(float(share), 3) for share in shares}) == 3
   assert np.allclose(targets.sum(1), 1)
-  # One that does not divide the batch: the batch is one.
-  odd, _ = mix(jax.random.key(0), images, labels, 0.8, 0.0, mixing_batch=5)
-  whole, _ = mix(jax.random.key(0), images, labels, 0.8, 0.0)
-  np.testing.assert_array_equal(odd, whole)
+
+
+@pytest.mark.parametrize(
+  ("group", "batch_size", "nearest"), [(5, 64, "4, 8"), (128, 64, "64"), (16, 48, "12, 24"), (0, 16, "1")]
+)
+def test_a_group_that_does_not_fit(group, batch_size, nearest):
+  """Neither cut the batch nor be cut by the devices, of which there are eight."""
+  mesh = sharding.make_mesh(dict(data=8, fsdp=1, model=1))
+  with pytest.raises(vx.UserError, match=f"augment.mixing_batch {group} .*the nearest that fit: {nearest}$"):
+    sharding.check_group("augment.mixing_batch", group, batch_size, mesh)
+  for fits in (None, 1, 2, 4, 8, 16):
+    sharding.check_group("augment.mixing_batch", fits, 16, mesh)
 
 
 def timm_erased(rng, height, width, number):

@@ -9,12 +9,13 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import ml_collections
+import optax
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import registry
 from vit_jax_ext.models.functional import split_model
 from vit_jax_ext.training import mixup, optimizer, sharding
-from vit_jax_ext.training.losses import attention_cosine_loss, make_loss
+from vit_jax_ext.training.losses import Loss, attention_cosine_loss, make_loss
 from vit_jax_ext.training.partition import Layout
 from vit_jax_ext.training.train_step import TrainState, init_state, make_train_step
 
@@ -30,6 +31,26 @@ def number_of_steps(config: ml_collections.ConfigDict, examples: int) -> int:
       f"config.total_steps={config.total_steps} and config.total_epochs={config.total_epochs}: give one of them"
     )
   return config.total_steps or round(config.total_epochs * examples / config.batch_size)
+
+
+def learning_rate_schedule(config: ml_collections.ConfigDict, examples: int) -> optax.Schedule:
+  """Returns the learning rate by step; epochs are passes over `examples` images.
+
+  Raises:
+    UserError: warm-up and cool-down leave no step between them.
+  """
+  steps_per_epoch = examples / config.batch_size
+  return optimizer.learning_rate_schedule(
+    peak=config.optimizer.learning_rate,
+    initial=config.optimizer.initial_learning_rate,
+    floor=config.optimizer.final_learning_rate,
+    warmup_steps=config.optimizer.warmup_steps + round(config.optimizer.warmup_epochs * steps_per_epoch),
+    total_steps=number_of_steps(config, examples),
+    cooldown_steps=round(config.optimizer.cooldown_epochs * steps_per_epoch),
+    warmup_prefix=config.optimizer.warmup_prefix,
+    steps_per_epoch=steps_per_epoch if config.optimizer.per_epoch else None,
+    epochs_behind=config.optimizer.epochs_behind,
+  )
 
 
 class Experiment:
@@ -77,18 +98,7 @@ class Experiment:
     if regularizer.weight:  # a model without attention maps is refused now, not in the first step
       images = jax.ShapeDtypeStruct((1, *self.model.image_size, 3), jnp.float32)
       jax.eval_shape(lambda model, x: attention_cosine_loss(model(x)[1], regularizer.blocks), self.model, images)
-    steps_per_epoch = examples / config.batch_size
-    self.schedule = optimizer.learning_rate_schedule(
-      peak=config.optimizer.learning_rate,
-      initial=config.optimizer.initial_learning_rate,
-      floor=config.optimizer.final_learning_rate,
-      warmup_steps=config.optimizer.warmup_steps + round(config.optimizer.warmup_epochs * steps_per_epoch),
-      total_steps=self.total_steps,
-      cooldown_steps=round(config.optimizer.cooldown_epochs * steps_per_epoch),
-      warmup_prefix=config.optimizer.warmup_prefix,
-      steps_per_epoch=steps_per_epoch if config.optimizer.per_epoch else None,
-      epochs_behind=config.optimizer.epochs_behind,
-    )
+    self.schedule = learning_rate_schedule(config, examples)
     tx = optimizer.adamw(
       self.schedule,
       weight_decay=config.optimizer.weight_decay,
@@ -105,29 +115,8 @@ class Experiment:
     self.places = self.layout.shardings(jax.eval_shape(init, config.seed))
     # An argument, so that all seeds have one program, which the compilation cache then knows.
     self.init = functools.partial(jax.jit(init, out_shardings=self.places), config.seed)
-    augment = functools.partial(
-      mixup.augment,
-      num_classes=num_classes,
-      mixup=config.augment.mixup,
-      cutmix=config.augment.cutmix,
-      switch_probability=config.augment.switch_probability,
-      mixing_batch=config.augment.mixing_batch,
-      erasing=config.augment.erasing,
-      erase_mixed=config.augment.erase_mixed,
-    )
-    loss = make_loss(
-      split_model(self.model)[0],
-      mean=self.variant.mean,
-      std=self.variant.std,
-      label_smoothing=config.label_smoothing,
-      cosine_weight=regularizer.weight,
-      cosine_blocks=regularizer.blocks,
-      linear_probe=config.linear_probe,
-      augment=augment,
-      gather=self.layout.gather,
-    )
     step = make_train_step(
-      loss,
+      self._make_loss(config, num_classes),
       tx,
       seed=config.seed,
       ema_decay=config.ema_decay,
@@ -139,4 +128,27 @@ class Experiment:
       in_shardings=(self.places, self.by_batch),
       out_shardings=(self.places, sharding.replicated(self.mesh)),
       donate_argnums=0,
+    )
+
+  def _make_loss(self, config: ml_collections.ConfigDict, num_classes: int) -> Loss:
+    augment = functools.partial(
+      mixup.augment,
+      num_classes=num_classes,
+      mixup=config.augment.mixup,
+      cutmix=config.augment.cutmix,
+      switch_probability=config.augment.switch_probability,
+      mixing_batch=config.augment.mixing_batch,
+      erasing=config.augment.erasing,
+      erase_mixed=config.augment.erase_mixed,
+    )
+    return make_loss(
+      split_model(self.model)[0],
+      mean=self.variant.mean,
+      std=self.variant.std,
+      label_smoothing=config.label_smoothing,
+      cosine_weight=config.cosine_regularizer.weight,
+      cosine_blocks=config.cosine_regularizer.blocks,
+      linear_probe=config.linear_probe,
+      augment=augment,
+      gather=self.layout.gather,
     )

@@ -104,8 +104,8 @@ def check_group(name: str, group: int | None, batch_size: int, mesh: Mesh) -> No
 
   if group is not None and (group < 1 or not fits(group)):
     sizes = [size for size in range(1, batch_size + 1) if fits(size)]
-    nearest = sorted(sorted(sizes, key=lambda size: abs(size - group))[:2])
+    below, above = [size for size in sizes if size < group][-1:], [size for size in sizes if size > group][:1]
     raise UserError(
-      f"{name} {group} does not divide {batch_size} images, of which each device has {part}; the nearest sizes are "
-      f"{' and '.join(map(str, nearest))}"
+      f"{name} {group} does not divide {batch_size} images, of which each device has {part}; "
+      f"the nearest that fit: {', '.join(map(str, below + above))}"
     )
