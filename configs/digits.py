@@ -42,8 +42,7 @@ def get_config(family: str = "crossvit"):
   config.optimizer.learning_rate = 1.5e-3
   config.optimizer.warmup_steps = 50
   config.optimizer.clip_norm = 1.0
-  # An average of BatchNorm's variances starts at 1, the attention maps' are about 1e-5: it has to forget sooner.
-  config.ema_decay = 0.97 if family == "deepvit" else 0.99
+  config.ema_decay = 0.99
   config.eval_every_steps = 200
   config.checkpoint.every_steps = 100
   return config
