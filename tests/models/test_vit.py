@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
+from tests.benchmarks import precision
 import vit_jax_ext as vx
 from vit_jax_ext.compare.cost import count_params
+from vit_jax_ext.models.functional import normalize
 from vit_jax_ext.models.isotropic import IsotropicTransformer
 from vit_jax_ext.models.registry import VARIANTS
 
@@ -95,3 +98,47 @@ def test_bad_calls():
     model(jnp.ones((1, 48, 48, 3)))
   with pytest.raises(vx.UserError, match="needs randomness"):
     model(jnp.ones((1, 32, 32, 3)), train=True)
+
+
+def torch_vit(weights, images, num_heads):
+  """ViT's forward pass in plain torch functions, from a state dict of timm's names."""
+  F = torch.nn.functional
+
+  def linear(x, name):
+    return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+  def norm(x, name):
+    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
+
+  patches = F.conv2d(images, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=16)
+  x = patches.flatten(2).mT
+  x = torch.cat([weights["cls_token"].expand(len(x), -1, -1), x], 1) + weights["pos_embed"]
+  batch, tokens, dim = x.shape
+  for i in range(sum(name.endswith("norm1.weight") for name in weights)):
+    qkv = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv")
+    q, k, v = qkv.reshape(batch, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    attn = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    x = x + linear((attn @ v).transpose(1, 2).reshape(batch, tokens, dim), f"blocks.{i}.attn.proj")
+    x = x + linear(F.gelu(linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")), f"blocks.{i}.mlp.fc2")
+  return linear(norm(x, "norm")[:, 0], "head")
+
+
+def test_mixed_precision_is_that_of_torch_autocast(tmp_path):
+  """The same weights and images: the loss within 2e-3, the length of every tensor's gradient within 2%."""
+  name, options = "deit_tiny_patch16_224", dict(image_size=64, embed_dim=96, depth=2, num_heads=3)
+  model = vx.create_model(name, num_classes=10, rngs=nnx.Rngs(0), **options)
+  vx.save_pretrained(model, tmp_path / "x.pth")
+  weights = {name: w.requires_grad_() for name, w in torch.load(tmp_path / "x.pth")["model"].items()}
+  images = normalize(jnp.asarray(precision.crops(32, 64)), (0.5,) * 3, (0.25,) * 3)
+  labels = np.random.default_rng(0).integers(0, 10, 32)
+
+  with torch.autocast("cpu", torch.bfloat16):
+    logits = torch_vit(weights, torch.tensor(np.array(images)).permute(0, 3, 1, 2), 3)
+  expected = torch.nn.functional.cross_entropy(logits.float(), torch.tensor(labels), label_smoothing=0.1)
+  expected.backward()
+
+  loss, gradients = precision.gradients(name, options, "bfloat16", images, jnp.asarray(labels))
+  np.testing.assert_allclose(loss, expected.item(), atol=2e-3)
+  for name, gradient in gradients.items():
+    theirs = weights[name.replace("kernel", "weight").replace("scale", "weight")].grad
+    np.testing.assert_allclose(np.linalg.norm(gradient), theirs.norm().item(), rtol=0.02, err_msg=name)
