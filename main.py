@@ -11,12 +11,10 @@ from vit_jax_ext import commands
 from vit_jax_ext.errors import RunError, Stopped, UserError
 
 EPILOG = """
-Any value of the config is set with --config.KEY=VALUE, for example
-  python main.py --config=configs/digits.py:crossvit --workdir=/tmp/run --config.batch_size=64
+Any value of the config is set with --config.KEY=VALUE, for example --config.batch_size=64.
 evaluate, predict, analyze and export take a run's weights from --workdir, others from --config.pretrained=FILE.
 No command means train, no --config means configs/digits.py, no --workdir a fixed folder under ~/.cache/vit_jax_ext.
-Exit status: 0 done, 2 your input is wrong (one line says what), 75 preempted (SIGTERM) and saved: run the same command
-again, 1 anything else.
+Exit status: 0 done, 2 your input is wrong (one line says what), 75 preempted and saved (run it again), 1 anything else.
 """
 FORMAT = dict(epilog=EPILOG, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -52,8 +50,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     nearest = difflib.get_close_matches(argv[0], names, n=1)
     remedy = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(names)}"
     raise UserError(f"command {argv[0]!r} is unknown; {remedy}")
-  args = make_parser().parse_args([argument for argument in argv if not argument.startswith("--config.")])
-  args.overrides = [argument.removeprefix("--config.") for argument in argv if argument.startswith("--config.")]
+  overrides = [argument for argument in argv if argument.startswith("--config.")]
+  args = make_parser().parse_args([argument for argument in argv if argument not in overrides])
+  args.overrides = [argument.removeprefix("--config.") for argument in overrides]
   return args
 
 
@@ -63,7 +62,7 @@ def main() -> int:
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # announces itself twice at every start
   try:
     args = parse_args(sys.argv[1:])
-    from vit_jax_ext.console import log_to_console  # after the parser, which shall answer at once
+    from vit_jax_ext.console import log_to_console  # not before: the parser answers at once
 
     log_to_console()
     args.run(args)
