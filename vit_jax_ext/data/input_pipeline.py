@@ -44,7 +44,7 @@ def train_augmentation(
         encoded, image_size, seed, scale=augment["crop_scale"], interpolation=augment["interpolation"]
       )
     else:
-      image = preprocess.resize_and_center_crop(preprocess.decode(encoded), image_size, crop=1.0)
+      image = preprocess.resize_and_center_crop(encoded, image_size, crop=1.0)
     if augment["flip"]:
       image = preprocess.random_flip(image, seed, augment["flip"])
     if policy:
@@ -141,7 +141,7 @@ def eval_batches(
   hosts, host = jax.process_count(), jax.process_index()
 
   def center(encoded, _):
-    return preprocess.resize_and_center_crop(preprocess.decode(encoded), image_size, crop)
+    return preprocess.resize_and_center_crop(encoded, image_size, crop)
 
   examples = dataset.examples(split, host, hosts)
   examples = examples.map(lambda index, example: (tf.stack([0, index]), index, example))
@@ -198,7 +198,7 @@ def read_image(path: str, image_size: tuple[int, int], crop: float) -> np.ndarra
     UserError: the file is missing or no image.
   """
   try:
-    return preprocess.resize_and_center_crop(preprocess.decode(tf.io.read_file(path)), image_size, crop).numpy()
+    return preprocess.resize_and_center_crop(tf.io.read_file(path), image_size, crop).numpy()
   except tf.errors.NotFoundError:
     raise UserError(f"image {path} does not exist; check the path") from None
   except tf.errors.OpError:

@@ -27,12 +27,52 @@ def uniform(seed: tf.Tensor, stream: Stream, shape: tuple[int, ...]) -> tf.Tenso
 
 
 def decode(encoded: tf.Tensor) -> tf.Tensor:
-  """Decodes JPEG, PNG, GIF (first frame) or BMP bytes to uint8 RGB; grey images get three equal channels."""
-  image = tf.cond(
-    tf.io.is_jpeg(encoded),
-    lambda: tf.io.decode_jpeg(encoded, **_decode_options),
-    lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
+  """Decodes JPEG, PNG, GIF (first frame) or BMP bytes to uint8 RGB, to the pixels of Pillow's `convert("RGB")`.
+
+  Grey images get three equal channels, transparency is dropped, and 16 bits of grey are cut off at 255, as there. A
+  BMP's palette alone is not looked up.
+  """
+  # A PNG's header has the bits per sample in byte 24 and the colour type, 0 for grey, in byte 25.
+  grey_16 = tf.strings.substr(encoded, 1, 3) + tf.strings.substr(encoded, 24, 2) == b"PNG\x10\x00"
+  image = tf.case(
+    [
+      (tf.io.is_jpeg(encoded), lambda: tf.io.decode_jpeg(encoded, **_decode_options)),
+      (grey_16, lambda: tf.cast(tf.minimum(tf.io.decode_png(encoded, channels=3, dtype=tf.uint16), 255), tf.uint8)),
+    ],
+    default=lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
   )
+  image.set_shape((None, None, 3))
+  return image
+
+
+def _open(encoded):
+  """Returns an image's (height, width) and its pixels, none for a JPEG that can be decoded in part."""
+
+  def decode_all():
+    image = decode(encoded)
+    return tf.shape(image), image
+
+  # A truncated JPEG would pass where the part ends above the cut.
+  complete_jpeg = tf.io.is_jpeg(encoded) & (tf.strings.substr(encoded, -2, 2) == b"\xff\xd9")
+  shape, image = tf.cond(
+    complete_jpeg, lambda: (tf.io.extract_jpeg_shape(encoded), tf.zeros((0, 0, 3), tf.uint8)), decode_all
+  )
+  shape.set_shape((3,))
+  return shape[:2], image
+
+
+def _decode_box(encoded, shape, image, box):
+  """Returns the part (top, left, height, width) of an image, uint8; the others are from `_open`."""
+  top, left, height, width = tf.unstack(box)
+
+  def decode_part_of_jpeg():
+    # One more column to each side: at the ends of what is decoded colours lack a neighbour to interpolate with.
+    start = tf.maximum(left - 1, 0)
+    stop = tf.minimum(left + width + 1, shape[1])
+    part = tf.io.decode_and_crop_jpeg(encoded, tf.stack([top, start, height, stop - start]), **_decode_options)
+    return part[:, left - start : left - start + width]
+
+  image = tf.cond(tf.size(image) > 0, lambda: tf.slice(image, [top, left, 0], [height, width, 3]), decode_part_of_jpeg)
   image.set_shape((None, None, 3))
   return image
 
@@ -47,8 +87,6 @@ def random_resized_crop(
 ) -> tf.Tensor:
   """Decodes a random part of an image and resizes it (Szegedy et al. 2015, arXiv 1409.4842, section 6).
 
-  Of a JPEG only that part is decoded.
-
   Args:
     encoded: what `decode` takes.
     size: (height, width) of the result.
@@ -57,21 +95,14 @@ def random_resized_crop(
     interpolation: see `resize`; "random" is one of both.
   """
   draws = uniform(seed, Stream.CROP, (4, 11))
-
-  # A truncated JPEG would pass where the crop ends above the cut.
-  complete_jpeg = tf.io.is_jpeg(encoded) & (tf.strings.substr(encoded, -2, 2) == b"\xff\xd9")
-  shape = tf.cond(complete_jpeg, lambda: tf.io.extract_jpeg_shape(encoded), lambda: tf.shape(decode(encoded)))
-  box = random_box(shape, draws, scale, ratio)
-  image = tf.cond(
-    complete_jpeg,
-    lambda: tf.io.decode_and_crop_jpeg(encoded, box, **_decode_options),
-    lambda: tf.slice(decode(encoded), [box[0], box[1], 0], [box[2], box[3], 3]),
-  )
+  shape, image = _open(encoded)
+  image = _decode_box(encoded, shape, image, random_box(shape, draws, scale, ratio))
   if interpolation != "random":
     return resize(image, size, interpolation)
   return tf.cond(draws[0, 10] < 0.5, lambda: resize(image, size, "bilinear"), lambda: resize(image, size, "bicubic"))
 
 
+@tf.function(autograph=False, jit_compile=True)
 def random_box(shape: tf.Tensor, draws: tf.Tensor, scale: tuple[float, float], ratio: tuple[float, float]) -> tf.Tensor:
   """Returns (top, left, height, width) of a random part of an image, as torchvision and timm draw it.
 
@@ -93,7 +124,8 @@ def random_box(shape: tf.Tensor, draws: tf.Tensor, scale: tuple[float, float], r
   first = tf.argmax(fits)
   largest_h, largest_w = tf.minimum(h, tf.round(w / ratio[0])), tf.minimum(w, tf.round(h * ratio[1]))
   central = tf.stack([(h - largest_h) // 2, (w - largest_w) // 2, largest_h, largest_w])
-  box = tf.where(fits[first], tf.stack([tops, lefts, heights, widths])[:, first], central)
+  # Gathered: XLA would compile a slice for every index anew.
+  box = tf.where(tf.gather(fits, first), tf.gather(tf.stack([tops, lefts, heights, widths]), first, axis=1), central)
   return tf.cast(box, tf.int32)
 
 
@@ -105,45 +137,53 @@ def resize(image: tf.Tensor, size: tuple[int, int], interpolation: str) -> tf.Te
     size: (height, width).
     interpolation: "bilinear" or "bicubic".
   """
-  return _resize_and_crop(image, tf.constant(size), (0, 0), size, interpolation)
+  return _resize(image, size / tf.shape(image)[:2], (0.0, 0.0), size, interpolation)
 
 
-def resize_and_center_crop(image: tf.Tensor, size: tuple[int, int], crop: float) -> tf.Tensor:
-  """Resizes bicubically so that `size` is the central `crop` share of the shorter side, and cuts it out.
+def resize_and_center_crop(encoded: tf.Tensor, size: tuple[int, int], crop: float) -> tf.Tensor:
+  """Decodes an image, resizes it bicubically so that `size` is the central `crop` share of its shorter side, and cuts.
 
   Rounds the sizes as timm does, by way of torchvision's Resize and CenterCrop.
   """
-  shape, whole = tf.shape(image)[:2], tf.constant([math.floor(side / crop) for side in size])
+  shape, image = _open(encoded)
+  whole = tf.constant([math.floor(side / crop) for side in size])
   fitting = tf.argmax(whole / shape)
   resized = whole[fitting] * shape // shape[fitting]
   offset = tf.cast(tf.round((resized - size) / 2), tf.int32)
-  return _resize_and_crop(image, resized, offset, size, "bicubic")
+  # What the crop is made of: its pixels reach two pixels of the smaller image to each side.
+  reach = 2 * (shape // resized + 1) + 1
+  begin = tf.maximum(offset * shape // resized - reach, 0)
+  end = tf.minimum((offset + size) * shape // resized + reach, shape)
+  image = _decode_box(encoded, shape, image, tf.concat([begin, end - begin], axis=0))
+  scale = resized / shape
+  return _resize(image, scale, tf.cast(offset, tf.float64) - tf.cast(begin, tf.float64) * scale, size, "bicubic")
 
 
-def _resize_and_crop(image, resized, offset, size, interpolation):
-  """Returns `size` pixels of the image resized to `resized` from `offset` on; all are (height, width)."""
-  # The op is slow along rows: it steps over three channels. Given whole rows as channels it steps over thousands.
-  rows = _resize_columns(image, resized[0], offset[0], size[0], interpolation)
-  columns = _resize_columns(tf.transpose(rows, (1, 0, 2)), resized[1], offset[1], size[1], interpolation)
-  return _transpose_to_uint8(columns)
+def _resize(image, scale, start, size, interpolation):
+  """Returns `size` pixels of the image scaled by `scale` from `start` on; all are (height, width)."""
+  # Pillow resizes along rows first, and rounds to whole levels before it resizes along columns. TensorFlow's op is slow
+  # along rows, where it steps over three channels; given whole columns as channels it steps over hundreds.
+  height, width = tf.shape(image)[0], tf.shape(image)[1]
+  scale, start = tf.cast(scale, tf.float32), tf.cast(start, tf.float32)
+  columns = tf.reshape(tf.transpose(tf.reshape(image, (height, -1))), (1, width, 1, height * 3))
+  columns = _resize_height(columns, scale[1], start[1], size[1], interpolation)
+  rows = tf.reshape(tf.transpose(tf.reshape(columns, (size[1] * 3, height))), (1, height, 1, size[1] * 3))
+  rows = _resize_height(rows, scale[0], start[0], size[0], interpolation)
+  return tf.reshape(tf.cast(rows, tf.uint8), (*size, 3))
 
 
-def _resize_columns(image, resized, offset, size, interpolation):
-  height, width = tf.shape(image)[0], image.shape[1] or tf.shape(image)[1]
-  result = tf.raw_ops.ScaleAndTranslate(
-    images=tf.reshape(image, (1, height, 1, width * 3)),
+def _resize_height(images, scale, start, size, interpolation):
+  """Returns whole levels, 0 to 255, as float32 (1, size, 1, channels)."""
+  resized = tf.raw_ops.ScaleAndTranslate(
+    images=images,
     size=(size, 1),
-    scale=tf.stack([tf.cast(resized / height, tf.float32), 1.0]),
-    translation=tf.stack([-tf.cast(offset, tf.float32), 0.0]),
+    scale=tf.stack([scale, 1.0]),
+    translation=tf.stack([-start, 0.0]),
     kernel_type={"bilinear": "triangle", "bicubic": "keyscubic"}[interpolation],
     antialias=True,
   )
-  return tf.reshape(result, (size, width, 3))
-
-
-@tf.function(autograph=False, jit_compile=True)
-def _transpose_to_uint8(image):
-  return tf.transpose(tf.cast(tf.clip_by_value(image + 0.5, 0, 255), tf.uint8), (1, 0, 2))
+  # Rounds halves up and clips, in one pass over the memory.
+  return tf.quantization.fake_quant_with_min_max_args(resized, 0, 255)
 
 
 def random_flip(image: tf.Tensor, seed: tf.Tensor, probability: float) -> tf.Tensor:

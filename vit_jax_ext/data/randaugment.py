@@ -1,6 +1,7 @@
 """RandAugment (Cubuk et al. 2020, arXiv 1909.13719) as timm defines it, by names like `rand-m9-mstd0.5-inc1`."""
 
 import functools
+import math
 import re
 from typing import NamedTuple
 
@@ -14,12 +15,14 @@ class Policy(NamedTuple):
   """What the name says."""
 
   magnitude: float  # mean
-  std: float  # of the magnitude
+  std: float  # of the magnitude; infinite: it is uniform between 0 and `magnitude`
   layers: int  # operations drawn per image
 
 
 def parse(name: str) -> Policy:
   """Reads timm's name: `rand`, then in any order `m` magnitude, `mstd` its deviation, `n` layers, and `inc1`.
+
+  A deviation above 100 stands for an infinite one.
 
   Raises:
     UserError: another text, or one without `inc1`: the operations here all grow with the magnitude.
@@ -32,7 +35,8 @@ def parse(name: str) -> Policy:
       f"(its deviation), and -n3 for three operations per image in place of two"
     )
   numbers = {key: float(number) for match in found for key, number in [filter(None, match.groups())]}
-  return Policy(numbers.get("m", 10.0), numbers.get("mstd", 0.0), int(numbers.get("n", 2)))
+  std = numbers.get("mstd", 0.0)
+  return Policy(numbers.get("m", 10.0), math.inf if std > 100 else std, int(numbers.get("n", 2)))
 
 
 def rand_augment(
@@ -53,12 +57,20 @@ def rand_augment(
   return image
 
 
+def magnitude(policy: Policy, quantile: tf.Tensor) -> tf.Tensor:
+  """Returns the magnitude, 0 to 10, of a draw from [0, 1)."""
+  if math.isinf(policy.std):
+    drawn = policy.magnitude * quantile
+  else:
+    drawn = policy.magnitude + policy.std * tf.math.ndtri(tf.maximum(quantile, 1e-6))  # normal, and finite
+  return tf.clip_by_value(drawn, 0, 10)
+
+
 @tf.function(autograph=False, jit_compile=True)
 def _layer(image, draws, policy, fill, interpolation):
   """Applies one operation, or none. `draws` (5,) is uniform in [0, 1)."""
   operation = tf.where(draws[0] < 0.5, tf.cast(draws[1] * 15, tf.int32), 15)
-  noise = tf.math.ndtri(tf.maximum(draws[2], 1e-6))  # normal, and finite
-  level = tf.clip_by_value(policy.magnitude + policy.std * noise, 0, 10) / 10
+  level = magnitude(policy, draws[2]) / 10
   signed = tf.where(draws[3] < 0.5, -level, level)
   factor = tf.maximum(1 + 0.9 * signed, 0.1)
 
