@@ -33,7 +33,11 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
   BMP's palette alone is not looked up.
   """
   # A PNG's header has the bits per sample in byte 24 and the colour type, 0 for grey, in byte 25.
-  grey_16 = tf.strings.substr(encoded, 1, 3) + tf.strings.substr(encoded, 24, 2) == b"PNG\x10\x00"
+  grey_16 = tf.cond(
+    tf.strings.length(encoded) > 25,
+    lambda: tf.strings.substr(encoded, 1, 3) + tf.strings.substr(encoded, 24, 2) == b"PNG\x10\x00",
+    lambda: tf.constant(False),
+  )
   image = tf.case(
     [
       (tf.io.is_jpeg(encoded), lambda: tf.io.decode_jpeg(encoded, **_decode_options)),
@@ -53,7 +57,9 @@ def _open(encoded):
     return tf.shape(image), image
 
   # A truncated JPEG would pass where the part ends above the cut.
-  complete_jpeg = tf.io.is_jpeg(encoded) & (tf.strings.substr(encoded, -2, 2) == b"\xff\xd9")
+  complete_jpeg = tf.cond(
+    tf.io.is_jpeg(encoded), lambda: tf.strings.substr(encoded, -2, 2) == b"\xff\xd9", lambda: tf.constant(False)
+  )
   shape, image = tf.cond(
     complete_jpeg, lambda: (tf.io.extract_jpeg_shape(encoded), tf.zeros((0, 0, 3), tf.uint8)), decode_all
   )
