@@ -19,17 +19,33 @@ from vit_jax_ext.training.partition import Layout
 from vit_jax_ext.training.train_step import TrainState, init_state, make_train_step
 
 
+def epoch_in_steps(config: ml_collections.ConfigDict, examples: int) -> float:
+  """Returns how long an epoch is: whole with repeated augmentation, see `input_pipeline.train_batches`.
+
+  Raises:
+    UserError: augmentation is repeated, and the batch is larger than an epoch.
+  """
+  if config.augment.repeats == 1:
+    return examples / config.batch_size
+  if config.batch_size > examples:
+    raise UserError(
+      f"config.batch_size={config.batch_size} is more than the {examples} images of an epoch, which has whole batches "
+      f"with config.augment.repeats={config.augment.repeats}; give a smaller batch, or 1 repeat"
+    )
+  return examples // config.batch_size
+
+
 def number_of_steps(config: ml_collections.ConfigDict, examples: int) -> int:
   """Returns `total_steps`, or `total_epochs` in steps.
 
   Raises:
-    UserError: neither or both are given.
+    UserError: neither or both are given; see also `epoch_in_steps`.
   """
   if (config.total_steps is None) == (config.total_epochs is None):
     raise UserError(
       f"config.total_steps={config.total_steps} and config.total_epochs={config.total_epochs}: give one of them"
     )
-  return config.total_steps or round(config.total_epochs * examples / config.batch_size)
+  return config.total_steps or round(config.total_epochs * epoch_in_steps(config, examples))
 
 
 class Experiment:
@@ -72,7 +88,7 @@ class Experiment:
     if regularizer.weight:  # a model without attention maps is refused now, not in the first step
       images = jax.ShapeDtypeStruct((1, *self.model.image_size, 3), jnp.float32)
       jax.eval_shape(lambda model, x: attention_cosine_loss(model(x)[1], regularizer.blocks), self.model, images)
-    steps_per_epoch = examples / config.batch_size
+    steps_per_epoch = epoch_in_steps(config, examples)
     self.schedule = optimizer.learning_rate_schedule(
       peak=config.optimizer.learning_rate,
       initial=config.optimizer.initial_learning_rate,
