@@ -37,7 +37,9 @@ def base_config() -> ConfigDict:
   config.augment.flip = 0.0  # probability
   config.augment.randaugment = ""  # timm's name, such as rand-m9-mstd0.5-inc1
   config.augment.color_jitter = 0.0  # of brightness, contrast and saturation
-  config.augment.repeats = 1  # how often an image comes before the next ones
+  # How often an image comes in an epoch, differently augmented. 1: every image once. More: an epoch has as many steps,
+  # in whole batches, and so a part of the images, drawn anew each time (DeiT's RASampler).
+  config.augment.repeats = 1
   # In the training step, on the device; see vit_jax_ext/training/mixup.py.
   config.augment.mixup = 0.0  # alpha of its Beta distribution; 0: off
   config.augment.cutmix = 0.0  # likewise

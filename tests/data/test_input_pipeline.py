@@ -2,6 +2,7 @@
 
 import collections
 import io
+import itertools
 
 import jax
 import numpy as np
@@ -73,7 +74,8 @@ def test_an_epoch_holds_every_image_once(dataset):
   [
     (1, dict(shift=0.1, scale=0.2)),
     (29, dict(shift=0.1, scale=0.2)),
-    (70, dict(augment=PLAIN | dict(crop_scale=(0.1, 1), flip=0.5), repeats=3)),
+    (70, dict(augment=PLAIN | dict(crop_scale=(0.1, 1), flip=0.5))),
+    (31, dict(augment=PLAIN | dict(crop_scale=(0.1, 1), flip=0.5), repeats=3)),
     (30, dict(augment=RECIPE)),
   ],
 )
@@ -86,17 +88,112 @@ def test_starting_late_continues_exactly(dataset, first_step, options):
     np.testing.assert_array_equal(a["label"], b["label"])
 
 
-def test_repeated_augmentation_shows_each_image_three_times(dataset):
-  """Within the same passes over the data, the copies in different thirds of a batch, each with its own augmentation."""
-  batches = train_batches(dataset, 87, batch_size=51, repeats=3)  # three epochs and a little more
-  images = [image.tobytes() for batch in batches for image in batch["image"]][: 3 * 1437]
-  counts = collections.Counter(images)
-  everything = collections.Counter(e["image"].repeat(3, -1).tobytes() for e in decoded(dataset, "train"))
-  assert counts == collections.Counter({image: 3 * count for image, count in everything.items()})
-  assert images[:17] == images[17:34] == images[34:51]
-  (batch,) = train_batches(dataset, 1, batch_size=51, repeats=3, augment=PLAIN | dict(crop_scale=(0.3, 0.6)))
-  thirds = batch["image"].reshape(3, 17, -1).astype(int)
-  assert all(np.abs(thirds[i] - thirds[j]).mean() > 5 for i, j in ((0, 1), (1, 2), (0, 2)))
+class Numbered(datasets.Dataset):
+  """Images that are labelled with their index."""
+
+  name, class_names = "numbered", ("",)
+
+  def __init__(self, size):
+    self._size = size
+
+  def num_examples(self, split):
+    return self._size
+
+  def _read(self, split, share, shares):
+    noise = tf.io.encode_png(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
+    indices = tf.data.Dataset.range(*self._bounds(split, share, shares))
+    return indices.map(lambda index: {"image": noise, "label": tf.cast(index, tf.int32), "name": ""})
+
+
+def on_hosts(hosts, monkeypatch, make):
+  monkeypatch.setattr(jax, "process_count", lambda: hosts)
+  for host in range(hosts):
+    monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+    yield make()
+  monkeypatch.undo()
+
+
+def epoch_of_ra_sampler(size, replicas, batch_size, rng):
+  """RASampler and a loader with drop_last: each replica's indices, (steps, batch_size).
+
+  It leaves out what is more than a multiple of 256, so it counts as we do where the whole batch is such a one.
+  """
+  indices = np.repeat(rng.permutation(size), 3)
+  per_replica = -(-3 * size // replicas)
+  indices = np.append(indices, indices[: per_replica * replicas - len(indices)])
+  selected = size // 256 * 256 // replicas
+  steps = selected // batch_size
+  return [indices[r::replicas][:selected][: steps * batch_size].reshape(steps, batch_size) for r in range(replicas)]
+
+
+@pytest.mark.parametrize(
+  ("size", "hosts", "batch_size"), [(1437, 1, 256), (1437, 2, 128), (1437, 3, 256), (1000, 4, 64), (256, 1, 256)]
+)
+def test_repeated_augmentation_counts_as_ra_sampler(size, hosts, batch_size, monkeypatch):
+  rng, chosen = np.random.default_rng(0), []
+  steps = size // (hosts * batch_size)
+  options = dict(batch_size=batch_size, repeats=3)
+  ours = list(on_hosts(hosts, monkeypatch, lambda: train_batches(Numbered(size), 3 * steps, **options)))
+  for epoch in range(3):
+    theirs = epoch_of_ra_sampler(size, hosts, batch_size, rng)
+    assert len(theirs[0]) == steps
+    labels = [np.stack([batch["label"] for batch in batches[epoch * steps :][:steps]]) for batches in ours]
+    assert [x.shape for x in labels] == [x.shape for x in theirs]
+    counts = np.bincount(np.ravel(labels), minlength=size)
+    expected = np.bincount(np.ravel(theirs), minlength=size)
+    assert counts.sum() == expected.sum()
+    # Every host's copies fill its batches up to two.
+    assert counts.max() == 3 and (np.isin(counts, (1, 2))).sum() <= 2 * hosts
+    assert abs((counts > 0).sum() - (expected > 0).sum()) <= 2 * hosts
+    chosen.append(counts > 0)
+    order = [list(dict.fromkeys(x.ravel().tolist())) for x in labels]
+    assert all(x != sorted(x) for x in order)
+  share = np.mean(chosen)
+  for first, second in itertools.combinations(chosen, 2):  # independent draws: three standard deviations
+    assert abs((first & second).mean() - share**2) < 3 * share * (1 - share) / np.sqrt(size)
+
+
+def test_epochs_of_repeated_augmentation_reach_all_images_alike():
+  """Also with a buffer that does not hold the split."""
+  size, epochs = 300, 60
+  batches = train_batches(Numbered(size), 3 * epochs, batch_size=96, repeats=3, shuffle_buffer=10, image_size=(2, 2))
+  counts = np.bincount(np.ravel([batch["label"] for batch in batches]), minlength=size)
+  assert counts.sum() == epochs * 288
+  drawn = counts / 3  # binomial, of 60 draws of a share of 0.32
+  assert abs(drawn.std() - np.sqrt(60 * 0.32 * 0.68)) < 0.7
+  assert drawn.min() > 4 and drawn.max() < 36
+  assert abs(np.corrcoef(np.arange(size), drawn)[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize(("batch_size", "hosts"), [(48, 1), (50, 2)])
+def test_repeated_augmentation_continues_exactly_from_any_step(batch_size, hosts, monkeypatch):
+  options = dict(batch_size=batch_size, repeats=3, augment=PLAIN | dict(crop_scale=(0.1, 1)))
+  steps = 2 * (200 // (batch_size * hosts)) + 1  # the third epoch begins
+
+  def check():
+    whole = train_batches(Numbered(200), steps, **options)
+    for first_step in range(1, steps):
+      late = train_batches(Numbered(200), steps - first_step, first_step=first_step, **options)
+      for a, b in zip(whole[first_step:], late, strict=True):
+        np.testing.assert_array_equal(a["image"], b["image"])
+        np.testing.assert_array_equal(a["label"], b["label"])
+
+  assert len(list(on_hosts(hosts, monkeypatch, check))) == hosts
+
+
+def test_repeated_augmentation_needs_a_batch_of_images():
+  with pytest.raises(vx.UserError, match=r"batch_size=1024 is more than the 1000 images of train.*repeats=3"):
+    train_batches(Numbered(1000), 1, batch_size=1024, repeats=3)
+
+
+def test_copies_lie_in_different_thirds_of_a_batch():
+  """Each with its own augmentation, which the image and the epoch decide."""
+  options = dict(batch_size=51, repeats=3, augment=PLAIN | dict(crop_scale=(0.3, 0.6)))
+  for batch in train_batches(Numbered(600), 12, **options):
+    labels = batch["label"].reshape(3, 17)
+    assert (labels == labels[0]).all() and len(set(labels[0].tolist())) == 17
+    thirds = batch["image"].reshape(3, 17, -1).astype(int)
+    assert all(np.abs(thirds[i] - thirds[j]).mean() > 5 for i, j in ((0, 1), (1, 2), (0, 2)))
 
 
 def test_hosts_share_an_epoch(dataset, monkeypatch):

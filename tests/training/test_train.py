@@ -14,7 +14,7 @@ import vit_jax_ext as vx
 from vit_jax_ext.console import Progress
 from vit_jax_ext.models import registry
 from vit_jax_ext.training import sharding
-from vit_jax_ext.training.experiment import number_of_steps
+from vit_jax_ext.training.experiment import epoch_in_steps, number_of_steps
 from vit_jax_ext.training.train import train
 from vit_jax_ext.workdir import checkpoint
 
@@ -128,6 +128,16 @@ def test_number_of_steps(tiny_config, steps, epochs, expected):
   tiny_config.batch_size = 10
   tiny_config.total_steps, tiny_config.total_epochs = steps, epochs
   assert number_of_steps(tiny_config, 1000) == expected
+
+
+@pytest.mark.parametrize(("batch_size", "gpus", "steps"), [(4096, 32, 312), (1024, 16, 1251), (512, 16, 2502)])
+def test_epochs_of_repeated_augmentation_are_whole_as_deits(tiny_config, batch_size, gpus, steps):
+  """RASampler selects a multiple of 256 images, shared among the GPUs; the loader drops the last batch."""
+  images = 1_281_167
+  tiny_config.batch_size, tiny_config.augment.repeats = batch_size, 3
+  tiny_config.total_steps, tiny_config.total_epochs = None, 300
+  assert epoch_in_steps(tiny_config, images) == images // 256 * 256 // gpus // (batch_size // gpus) == steps
+  assert number_of_steps(tiny_config, images) == 300 * steps
 
 
 @pytest.mark.parametrize(("steps", "epochs"), [(None, None), (5, 5)])

@@ -72,8 +72,9 @@ def train_batches(
   repeats: int = 1,
   max_unreadable: float = 0.0,
 ) -> Iterator[Batch]:
-  """Yields this host's batches of the steps after `first_step`; epochs follow each other without a gap.
+  """Yields this host's batches of the steps after `first_step`.
 
+  Epochs follow each other without a gap and hold every image once, unless augmentation is repeated: see `repeats`.
   An image that cannot be decoded is logged, and the next readable one of the batch is taken twice.
 
   Args:
@@ -86,20 +87,39 @@ def train_batches(
     total_steps: batches of the whole training. An endless dataset would keep working, and delay the end by seconds.
     shuffle_buffer: examples among which the next one is drawn.
     augment: see `train_augmentation`.
-    repeats: repeated augmentation (Hoffer et al. 2020): how often each image comes, differently augmented. The copies
-      are as far apart as a batch allows, so that none is mixed with another.
+    repeats: repeated augmentation (Hoffer et al. 2020): how often each image comes, differently augmented. An epoch
+      then has as many whole batches as without, so it holds a share 1 / `repeats` of the images, drawn anew for each,
+      as DeiT's RASampler does it; the last one or two of them lack a copy if these do not fill the batches. The others
+      are read, not decoded. Copies are as far apart as a batch allows, so that hardly one is mixed with another.
     max_unreadable: see `Unreadable`.
 
   Raises:
-    UserError: the dataset cannot be read, or too many of its images.
+    UserError: the dataset cannot be read, or too many of its images; augmentation is repeated and a batch is larger
+      than the split.
   """
-  examples = dataset.examples(split, jax.process_index(), jax.process_count())
-  per_epoch = examples.cardinality().numpy()
-  first_epoch, used = divmod(first_step * batch_size, per_epoch * repeats)
+  host, hosts = jax.process_index(), jax.process_count()
+  examples = dataset.examples(split, host, hosts)
+  share = per_epoch = examples.cardinality().numpy()
+  if repeats > 1:
+    in_split = dataset.num_examples(split)
+    per_epoch = in_split // (batch_size * hosts) * batch_size
+    if not per_epoch:
+      raise UserError(
+        f"config.batch_size={batch_size * hosts} is more than the {in_split} images of {split}, whose epochs have "
+        f"whole batches with config.augment.repeats={repeats}; give a smaller batch, or 1 repeat"
+      )
+  first_epoch, used = divmod(first_step * batch_size, per_epoch)
 
   def epoch_examples(epoch):
     epoch_seed = seed * 2**32 + epoch
-    order = examples.shuffle(min(shuffle_buffer, per_epoch), seed=epoch_seed, reshuffle_each_iteration=False)
+    order, size = examples, share
+    if repeats > 1:
+      # Drawn before the shuffling: its buffer may be smaller than the split, of which an epoch would be the beginning.
+      size = -(-per_epoch // repeats)
+      drawn = tf.random.experimental.stateless_shuffle(tf.range(share) < size, tf.stack([epoch_seed, -1 - host]))
+      order = tf.data.Dataset.zip(examples, tf.data.Dataset.from_tensor_slices(drawn))
+      order = order.filter(lambda _, is_drawn: is_drawn).map(lambda example, _: example)
+    order = order.shuffle(min(shuffle_buffer, size), seed=epoch_seed, reshuffle_each_iteration=False)
 
     def copies(indices, group):
       def copy(number):
@@ -110,7 +130,7 @@ def train_batches(
 
     if repeats == 1:
       return order.map(lambda index, example: (tf.stack([epoch_seed, index]), index, example))
-    return order.batch(max(1, batch_size // repeats)).flat_map(copies)
+    return order.batch(max(1, batch_size // repeats)).flat_map(copies).take(per_epoch)
 
   epochs = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
   batches = _decode(epochs.flat_map(epoch_examples).skip(used), augment, image_size, batch_size, drop_remainder=True)

@@ -20,6 +20,13 @@ from vit_jax_ext.training.partition import Layout
 from vit_jax_ext.training.train_step import TrainState, init_state, make_train_step
 
 
+def epoch_in_steps(config: ml_collections.ConfigDict, examples: int) -> float:
+  """Returns how long an epoch is: whole with repeated augmentation, see `input_pipeline.train_batches`."""
+  if config.augment.repeats == 1:
+    return examples / config.batch_size
+  return max(1, examples // config.batch_size)
+
+
 def number_of_steps(config: ml_collections.ConfigDict, examples: int) -> int:
   """Returns `total_steps`, or `total_epochs` in steps.
 
@@ -30,7 +37,7 @@ def number_of_steps(config: ml_collections.ConfigDict, examples: int) -> int:
     raise UserError(
       f"config.total_steps={config.total_steps} and config.total_epochs={config.total_epochs}: give one of them"
     )
-  return config.total_steps or round(config.total_epochs * examples / config.batch_size)
+  return config.total_steps or round(config.total_epochs * epoch_in_steps(config, examples))
 
 
 def learning_rate_schedule(config: ml_collections.ConfigDict, examples: int) -> optax.Schedule:
@@ -39,7 +46,7 @@ def learning_rate_schedule(config: ml_collections.ConfigDict, examples: int) -> 
   Raises:
     UserError: warm-up and cool-down leave no step between them.
   """
-  steps_per_epoch = examples / config.batch_size
+  steps_per_epoch = epoch_in_steps(config, examples)
   return optimizer.learning_rate_schedule(
     peak=config.optimizer.learning_rate,
     initial=config.optimizer.initial_learning_rate,
