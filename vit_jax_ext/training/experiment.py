@@ -3,6 +3,7 @@
 Imports no TensorFlow: the dataset counts as two numbers.
 """
 
+from collections.abc import Sequence
 import functools
 
 from flax import nnx
@@ -66,10 +67,11 @@ class Experiment:
   Args:
     config: see configs/common.py.
     num_classes, examples: of the training split.
+    devices: that the functions are compiled for; all of all hosts by default.
 
   Attributes:
     total_steps: of the training.
-    mesh: over all devices of all hosts.
+    mesh: over the devices.
     by_batch: sharding of the batches.
     variant: published facts of the model.
     model: abstract.
@@ -83,9 +85,15 @@ class Experiment:
     UserError: whatever does not fit together.
   """
 
-  def __init__(self, config: ml_collections.ConfigDict, num_classes: int, examples: int):
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    num_classes: int,
+    examples: int,
+    devices: Sequence[jax.Device] | None = None,
+  ):
     self.total_steps = number_of_steps(config, examples)
-    self.mesh = sharding.make_mesh(config.mesh)
+    self.mesh = sharding.make_mesh(config.mesh, devices)
     self.by_batch = sharding.batch_sharding(self.mesh)
     sharding.check_batch_size("batch_size", config.batch_size, self.mesh, config.optimizer.accumulation_steps)
     for name, group in (

@@ -1,6 +1,6 @@
 """The device mesh and where arrays lie on it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import math
 from typing import Any
 
@@ -13,36 +13,38 @@ from vit_jax_ext.errors import UserError
 AXES = ("data", "fsdp", "model")
 
 
-def make_mesh(shape: Mapping[str, int]) -> Mesh:
-  """Returns the mesh over all devices of all hosts: axes data, fsdp0, fsdp1, ... and model.
+def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Returns the mesh over the devices: axes data, fsdp0, fsdp1, ... and model.
 
   The fsdp axis appears in its prime factors. So an array that 8 does not divide, as DeepViT-L's 420 x 1260, can be
   split in 4 along one dimension and in 2 along another.
 
   Args:
     shape: size of each axis of `AXES`; one of them may be -1, what the others leave.
+    devices: all of all hosts by default, or those of a topology that is only compiled for.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices, or the model axis leaves a host.
   """
-  sizes = [shape[axis] for axis in AXES]
-  devices = jax.device_count()
+  devices = jax.devices() if devices is None else devices
+  sizes, number = [shape[axis] for axis in AXES], len(devices)
   if sizes.count(-1) == 1:
     rest = -math.prod(sizes)
-    if rest > 0 and devices % rest == 0:
-      sizes[sizes.index(-1)] = devices // rest
-  if math.prod(sizes) != devices or min(sizes) < 1:
+    if rest > 0 and number % rest == 0:
+      sizes[sizes.index(-1)] = number // rest
+  if math.prod(sizes) != number or min(sizes) < 1:
     asked = ", ".join(f"{axis}={shape[axis]}" for axis in AXES)
-    raise UserError(f"mesh {asked} does not fit {devices} device(s); the axes must multiply to it, one may be -1")
+    raise UserError(f"mesh {asked} does not fit {number} device(s); the axes must multiply to it, one may be -1")
   data, fsdp, model = sizes
   factors = _prime_factors(fsdp)
   names = ("data", *(f"fsdp{i}" for i in range(len(factors))), "model")
   # Laid out by its three axes, which follow the network's topology, and only then refined.
-  devices = jax.make_mesh(sizes, AXES).devices.reshape(data, *factors, model)
-  if any(len({device.process_index for device in group}) > 1 for group in devices.reshape(-1, model)):
+  grid = jax.make_mesh(sizes, AXES, devices=devices).devices.reshape(data, *factors, model)
+  if any(len({device.process_index for device in group}) > 1 for group in grid.reshape(-1, model)):
     # Such hosts would have to read the same images.
-    raise UserError(f"mesh model={model} reaches over hosts of {jax.local_device_count()} devices; choose a divisor")
-  return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
+    per_host = sum(device.process_index == devices[0].process_index for device in devices)
+    raise UserError(f"mesh model={model} reaches over hosts of {per_host} devices; choose a divisor")
+  return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def _prime_factors(number: int) -> list[int]:
