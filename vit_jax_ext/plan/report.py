@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from vit_jax_ext.plan import cost, memory
@@ -77,7 +78,7 @@ def measure(
     "work": work,
     "time": _time(config, experiment, target, work, found, program) if target.kind else None,
     "collectives": _by_kind(found, target),
-    "least_sent": _least_sent(compilation.held["parameters"], mesh, program),
+    "least_sent": _least_sent(config, compilation.held["parameters"], mesh, program),
     "dearest": _dearest(hlo, executed, target.kind),
     "compilation": {"seconds": compilation.seconds, "peak_memory": compilation.peak_memory},
   }
@@ -180,14 +181,15 @@ def _by_kind(found: Iterable[Collective], target: Target) -> list[dict[str, Any]
   ]
 
 
-def _least_sent(stored: int, mesh: dict[str, int], program: str) -> dict[str, float]:
+def _least_sent(config: ml_collections.ConfigDict, stored: int, mesh: dict[str, int], program: str) -> dict[str, float]:
   """Returns the bytes that a device sends at least for gradients and parameters, each summed or gathered once.
 
   Gradients are summed over data and fsdp, and each device ends with those of the parameters that it keeps: a scatter
-  over all, then a gather over data. Parameters are gathered over fsdp in bfloat16, which is what a TPU multiplies. What
-  the model axis exchanges comes on top.
+  over all, then a gather over data; in the type that the model computes in. Parameters are gathered over fsdp in
+  bfloat16, which is what a TPU multiplies. What the model axis exchanges comes on top.
 
   Args:
+    config: names the type.
     stored: bytes of the parameters that a device keeps, in float32.
     mesh: size of each axis.
     program: only training has gradients.
@@ -195,7 +197,8 @@ def _least_sent(stored: int, mesh: dict[str, int], program: str) -> dict[str, fl
   fsdp, copies = mesh["fsdp"], mesh["data"] * mesh["fsdp"]
   least = {"parameters": stored / 2 * (fsdp - 1)}
   if program == "train":
-    least["gradients"] = stored * fsdp * (copies - 1) / copies + stored * (mesh["data"] - 1) / mesh["data"]
+    share = jnp.dtype(config.model.overrides.get("dtype", "float32")).itemsize / 4
+    least["gradients"] = share * stored * (fsdp * (copies - 1) / copies + (mesh["data"] - 1) / mesh["data"])
   return least
 
 
