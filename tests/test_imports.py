@@ -24,7 +24,7 @@ compare.charts  compare.results  compare.runs  compare.cost
 training.train  training.doctor  training.predict  export
 training.evaluate
 training.experiment
-training.train_step  training.mixup  training.faults  training.partition  training.distributed
+training.train_step  training.mixup  training.faults  training.partition  training.distributed  training.accelerators
 training.losses  training.sharding
 training.optimizer
 pretrained

@@ -1,6 +1,7 @@
 """Train a model, or continue where an earlier run in the workdir stopped."""
 
 import argparse
+import sys
 
 from vit_jax_ext import commands
 
@@ -16,6 +17,10 @@ def run(args: argparse.Namespace) -> None:
   """Trains."""
   with commands.resumable():
     commands.join_processes(args)
+    from vit_jax_ext.training.accelerators import unused
+
+    if remark := unused():
+      print(f"warning: {remark}", file=sys.stderr)
     from vit_jax_ext.training.train import train
 
     train(*commands.new_experiment(args))

@@ -13,6 +13,7 @@ from vit_jax_ext.data.datasets import Dataset, open_dataset
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models.functional import split_model
 from vit_jax_ext.pretrained import load_pretrained
+from vit_jax_ext.training import accelerators
 from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.sharding import axis_sizes, bytes_per_device
 from vit_jax_ext.training.train_step import activation_bytes
@@ -21,7 +22,7 @@ from vit_jax_ext.workdir.config import check_workdir
 
 
 def examine(config: ml_collections.ConfigDict, workdir: str) -> Iterator[tuple[str, bool, str]]:
-  """Yields (name, whether it is well, finding) for dataset, model and mesh, memory, pretrained weights and workdir.
+  """Yields (name, whether it is well, finding) for devices, dataset, model and mesh, memory, weights and workdir.
 
   Nothing is trained, compiled or written.
   """
@@ -36,6 +37,11 @@ def _checks(config: ml_collections.ConfigDict, workdir: str) -> Iterator[tuple[s
   """Yields (name, function that returns a finding or raises UserError), without what needs one that failed."""
   found = {}
 
+  def devices():
+    if remark := accelerators.unused():
+      raise UserError(remark)
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} host(s)"
+
   def dataset():
     found["dataset"] = open_dataset(config.dataset.name, config.dataset.data_dir)
     return _check_dataset(config, found["dataset"])
@@ -46,11 +52,11 @@ def _checks(config: ml_collections.ConfigDict, workdir: str) -> Iterator[tuple[s
     found["experiment"] = Experiment(config, len(dataset.class_names), examples)
     mesh = found["experiment"].mesh
     return (
-      f"{config.model.name} on {mesh.size} x {jax.devices()[0].device_kind}, mesh "
-      f"{', '.join(f'{axis}={size}' for axis, size in axis_sizes(mesh).items())}, {jax.process_count()} host(s); "
+      f"{config.model.name} on mesh {', '.join(f'{axis}={size}' for axis, size in axis_sizes(mesh).items())}; "
       f"{found['experiment'].total_steps:,} steps of {config.batch_size} images"
     )
 
+  yield "devices", devices
   yield "dataset", dataset
   if "dataset" in found:
     yield "model", experiment
