@@ -22,7 +22,7 @@ attention.measure  attention.clusters   compare.comparison   plan
 attention.similarity  attention.figures  compare.report  compare.benchmark
 compare.charts  compare.results  compare.runs  compare.cost
 training.train  training.doctor  training.predict  export
-training.evaluate
+training.evaluate  training.ahead
 training.experiment
 training.train_step  training.mixup  training.faults  training.partition  training.distributed  training.accelerators
 training.losses  training.sharding

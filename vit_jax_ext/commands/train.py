@@ -10,6 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's flags."""
   commands.add_workdir(parser)
   commands.add_config(parser)
+  parser.add_argument("--compiled", metavar="FILE", help="start with the programs of plan --save where they fit")
   commands.add_processes(parser)
 
 
@@ -23,4 +24,4 @@ def run(args: argparse.Namespace) -> None:
       print(f"warning: {remark}", file=sys.stderr)
     from vit_jax_ext.training.train import train
 
-    train(*commands.new_experiment(args))
+    train(*commands.new_experiment(args), compiled=args.compiled)
