@@ -6,7 +6,8 @@ of JSON, and the programs as XLA serialises them. They are machine code, though.
 has to be one's own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import functools
 import hashlib
 from importlib import metadata
@@ -20,6 +21,7 @@ from unittest import mock
 from absl import logging
 import jax
 from jax._src.interpreters import pxla  # where programs are compiled; no public way leads past that
+from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
 import ml_collections
 
@@ -53,6 +55,19 @@ def lower(experiment: Experiment, batch_size: int) -> dict[str, jax.stages.Lower
   }
 
 
+@contextlib.contextmanager
+def without_cache() -> Iterator[None]:
+  """While open, JAX's cache on disk is not asked: XLA's programs for CPUs that come from it cannot be saved again."""
+  enabled = jax.config.jax_enable_compilation_cache
+  jax.config.update("jax_enable_compilation_cache", False)
+  compilation_cache.reset_cache()  # it looks only once whether it is enabled
+  try:
+    yield
+  finally:
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()
+
+
 def save(path: str, experiment: Experiment, config: ml_collections.ConfigDict, num_classes: int, examples: int) -> None:
   """Compiles the programs for the experiment's devices, which need not be at hand, and writes them.
 
@@ -64,7 +79,8 @@ def save(path: str, experiment: Experiment, config: ml_collections.ConfigDict, n
     UserError: the file cannot be written.
   """
   lowered = lower(experiment, config.batch_size)
-  programs = {name: program.compile().runtime_executable().serialize() for name, program in lowered.items()}
+  with without_cache():
+    programs = {name: program.compile().runtime_executable().serialize() for name, program in lowered.items()}
   header = {
     "circumstances": _circumstances(experiment),
     "settings": _settings(config, num_classes, examples),
