@@ -1,141 +1,153 @@
-"""What a training step sends between devices and keeps on them, read from its program compiled for simulated devices.
+"""What devices send each other while a program runs."""
 
-The compiler's partitioner, which puts the collectives in, is the same for all platforms. What comes after it is not:
-on accelerators an all-reduce of which each device needs a part becomes a reduce-scatter, small collectives are joined,
-and other fusion and scheduling change the temporaries. So the bytes are an upper bound, the memory an estimate.
-"""
-
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import math
 import re
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import ml_collections
+import numpy as np
 
-from vit_jax_ext.errors import UserError
-from vit_jax_ext.training import sharding
-from vit_jax_ext.training.experiment import Experiment
+from vit_jax_ext.plan.hlo import Instruction, Program
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-
-_COLLECTIVE = re.compile(rf"%?(\S+) = (.+?) ({'|'.join(KINDS)})\(")
-_ARRAY = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:body|calls|to_apply|branch_computations|called_computations)=(\{[^}]*\}|[\w%.-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One instruction of a program.
+  """A collective, as often as a step executes it.
 
   Attributes:
     kind: one of KINDS.
-    bytes: of its results on one device, at each execution.
+    axes: of the mesh, along which it goes.
+    bytes: of the whole array on one device, at each execution: before a scatter, after a gather.
     times: executions.
+    overlapped: whether the device computes meanwhile.
+    near: bytes that a device sends, at each execution, within its slice (TPU) or host (GPU).
+    far: those that it sends to others; in both cases what a ring needs at least.
   """
 
   kind: str
+  axes: str
   bytes: int
   times: int
+  overlapped: bool
+  near: float
+  far: float
 
 
-def collectives(program: str) -> list[Collective]:
-  """Returns the collectives of one execution of a compiled program.
-
-  Loops count as often as they run; of branches every one counts.
-
-  Args:
-    program: optimised HLO, as from `jax.stages.Compiled.as_text`.
-
-  Raises:
-    ValueError: a collective is in a loop without a known number of rounds.
-  """
-  computations, entry = {}, None
-  for line in program.splitlines():
-    if header := re.match(r"(ENTRY )?%?(\S+) \(.*\{$", line):
-      name = header[2]
-      computations[name] = []
-      entry = name if header[1] else entry
-    elif computations and line.startswith("  "):
-      computations[name].append(line)
-
-  def walk(name: str, times: int | None) -> Iterator[Collective]:
-    for line in computations[name]:
-      if found := _COLLECTIVE.match(line.strip().removeprefix("ROOT ")):
-        if times is None:
-          raise ValueError(f"{found[1]} is in a loop without a known number of rounds")
-        yield Collective(found[3], _bytes(found[2]), times)
-      rounds = times
-      if " while(" in line and times is not None:
-        trips = _TRIPS.search(line)
-        rounds = times * int(trips[1]) if trips else None
-      for called in _CALLED.findall(line):
-        for inner in re.findall(r"[\w.-]+", called):
-          yield from walk(inner, rounds)
-
-  return list(walk(entry, 1))
-
-
-def _bytes(shapes: str) -> int:
-  """Returns the size of an HLO array type or tuple of them, e.g. (f32[8,4]{1,0}, bf16[])."""
-  total = 0
-  for dtype, dims in _ARRAY.findall(shapes):
-    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
-    total += bits // 8 * math.prod(int(size) for size in dims.split(",") if size)
-  return total
-
-
-def simulate_devices(mesh: ml_collections.ConfigDict) -> None:
-  """Gives this process as many CPU devices as the mesh has; to be called before JAX is used.
-
-  Raises:
-    UserError: an axis is left open.
-  """
-  if min(mesh.values()) < 1:
-    raise UserError(f"mesh {dict(mesh)} leaves an axis open; give the size of each, e.g. --config.mesh.data=8")
-  jax.config.update("jax_platforms", "cpu")
-  jax.config.update("jax_num_cpu_devices", math.prod(mesh.values()))
-
-
-def measure(config: ml_collections.ConfigDict, num_classes: int) -> dict[str, Any]:
-  """Returns what a training step of `config` moves and keeps on each device. Nothing is computed.
+def find_collectives(program: Program, mesh: Mapping[str, int], islands: Sequence[int]) -> list[Collective]:
+  """Returns the collectives of one execution of a program.
 
   Args:
-    config: see configs/common.py; its mesh fits the devices.
-    num_classes: of the dataset, which need not be there.
+    program: for devices in the order of the mesh.
+    mesh: size of each axis.
+    islands: number of the slice or host of each device.
   """
-  experiment = Experiment(config, num_classes, examples=config.batch_size)
-  state = jax.eval_shape(experiment.init)
-  batch = {
-    "image": jax.ShapeDtypeStruct((config.batch_size, *experiment.model.image_size, 3), jnp.uint8),
-    "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
-  }
-  lowered = experiment.train_step.lower(state, batch)
-  # Machine code is of no interest here: at level 0 it is quickly made.
-  compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
-  found = collectives(compiled.as_text())
-  memory = compiled.memory_analysis()
+  found = {}
+  for instruction, kind, times, overlapped in _instructions(program):
+    channel = re.search(r"channel_id=(\d+)", instruction.rest)
+    # A collective that other work is woven into stands in each of these fusions, always with its number.
+    found.setdefault(channel[1] if channel else instruction.name, (instruction, kind, times, overlapped))
+  return [_measure(program, *collective, mesh, islands) for collective in found.values()]
 
-  by_kind = {}
-  for kind in KINDS:
-    if ours := [c for c in found if c.kind == kind]:
-      operations, moved = sum(c.times for c in ours), sum(c.bytes * c.times for c in ours)
-      by_kind[kind] = {"operations": operations, "bytes": moved, "largest": max(c.bytes for c in ours)}
-  total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-  return {
-    "model": config.model.name,
-    "mesh": sharding.axis_sizes(experiment.mesh),
-    "batch_size": config.batch_size,
-    "parameters": sum(param.size for param in jax.tree.leaves(state.params)),
-    "remarks": experiment.layout.remarks(),
-    "collectives": by_kind,
-    "device": {
-      "state": sharding.bytes_per_device(state, experiment.places),
-      "batch": sharding.bytes_per_device(batch, jax.tree.broadcast(experiment.by_batch, batch)),
-      "temporaries": memory.temp_size_in_bytes,
-      "total": total + memory.temp_size_in_bytes,
-    },
+
+def _instructions(program: Program) -> Iterator[tuple[Instruction, str, int, bool]]:
+  """Yields (instruction, kind, executions, whether it is asynchronous), the parts of one that is cut up one by one."""
+  in_background = {
+    name
+    for computation in program.computations.values()
+    for instruction in computation.values()
+    if instruction.opcode == "async-start"
+    for name in instruction.called()
   }
+  for outer, times in program.executed():
+    parts = [outer]
+    if outer.opcode == "fusion":
+      parts = [part for name in outer.called() for part in program.computations[name].values()]
+    opcodes, targets = {part.opcode for part in parts}, {part.target for part in parts}
+    for part in parts:
+      kind = part.opcode.removesuffix("-start")
+      if kind not in KINDS:
+        continue
+      overlapped = part.opcode != kind or part.computation in in_background or "AsyncCollectiveStart" in targets
+      if kind == "all-reduce" and "dynamic-slice" in opcodes:  # the TPU's reduce-scatter
+        kind = "reduce-scatter"
+      yield part, kind, times, overlapped
+
+
+def _measure(
+  program: Program,
+  instruction: Instruction,
+  kind: str,
+  times: int,
+  overlapped: bool,
+  mesh: Mapping[str, int],
+  islands: Sequence[int],
+) -> Collective:
+  operands = [array.size for array in program.operands(instruction)]
+  results = [array.size for array in instruction.results]
+  if instruction.opcode in ("all-gather-start", "collective-permute-start"):  # whose result repeats the operands
+    results = results[len(operands) : 2 * len(operands)]
+  size = max(sum(operands), sum(results))
+  groups = replica_groups(instruction.rest, len(islands))
+  near, far = _sent(kind, size, groups, islands)
+  return Collective(kind, _axes(groups, mesh), size, times, overlapped, near, far)
+
+
+def _sent(kind: str, size: int, groups: Sequence[Sequence[int]], islands: Sequence[int]) -> tuple[float, float]:
+  """Returns the bytes that a device sends within its island and to others, if each island first sums up its own."""
+  members = len(groups[0])
+  shared = max(len({islands[device] for device in group}) for group in groups)  # islands that a group is spread over
+  own = members / shared
+  if kind == "collective-permute":
+    return (0.0, float(size)) if shared > 1 else (float(size), 0.0)
+  if kind == "all-to-all":
+    return size * (own - 1) / members, size * (shared - 1) / shared
+  factor = 2 if kind == "all-reduce" else 1
+  return factor * size * (own - 1) / own, factor * size / own * (shared - 1) / shared
+
+
+def _axes(groups: Sequence[Sequence[int]], mesh: Mapping[str, int]) -> str:
+  """Returns the axes along which the members of a group differ."""
+  coordinates = np.array(np.unravel_index(np.concatenate([np.asarray(group) for group in groups]), [*mesh.values()]))
+  start, varying = 0, np.zeros(len(mesh), bool)
+  for group in groups:
+    part = coordinates[:, start : start + len(group)]
+    varying |= (part != part[:, :1]).any(axis=1)
+    start += len(group)
+  return " x ".join(axis for axis, differs in zip(mesh, varying, strict=True) if differs) or "none"
+
+
+def replica_groups(attributes: str, devices: int) -> list[list[int]]:
+  """Returns the groups of devices that exchange something, in any of the ways in which HLO writes them.
+
+  Args:
+    attributes: of the instruction.
+    devices: number of all.
+  """
+  if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes):
+    return _listed(pairs[1])
+  if lists := re.search(r"replica_groups=\{(\{.*?\})\}", attributes):
+    return _listed(lists[1])
+  if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+    shape, start, order = map(_numbers, iota.groups(default=""))
+    ids = np.arange(math.prod(start)).reshape(start)
+    return (ids.transpose(order) if order else ids).reshape(shape).tolist()
+  if mesh := re.search(
+    r"replica_groups=mesh\[([^]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes
+  ):
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+    start, order = _numbers(mesh[2] or ""), _numbers(mesh[3] or "")
+    ids = np.arange(math.prod(sizes.values())).reshape(start or [*sizes.values()])
+    ids = (ids.transpose(order) if order else ids).reshape([*sizes.values()])
+    along = [[*sizes].index(name) for name in re.findall(r"'(\w+)'", mesh[4])]
+    return np.moveaxis(ids, along, range(-len(along), 0)).reshape(-1, math.prod(ids.shape[i] for i in along)).tolist()
+  return [list(range(devices))]
+
+
+def _numbers(text: str) -> list[int]:
+  return [int(number) for number in text.split(",") if number]
+
+
+def _listed(text: str) -> list[list[int]]:
+  return [_numbers(group) for group in re.findall(r"\{([\d,]*)\}", text)]

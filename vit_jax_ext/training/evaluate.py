@@ -40,6 +40,16 @@ def evaluate(
   return scores | {"ece": float(np.abs(overconfidence).sum() / count)}
 
 
+def jit_eval_step(variant: registry.Variant, model: nnx.Module, layout: Layout) -> Callable[[Any, Any, Batch], Metrics]:
+  """Returns `make_eval_step` of an abstract model over the mesh of its layout, to be compiled when it is first called."""
+  eval_step = make_eval_step(split_model(model)[0], mean=variant.mean, std=variant.std)
+  return jax.jit(
+    lambda params, stats, batch: eval_step(layout.gather(params), stats, batch),
+    in_shardings=(layout.weights["params"], layout.weights["stats"], sharding.batch_sharding(layout.mesh)),
+    out_shardings=sharding.replicated(layout.mesh),
+  )
+
+
 class SplitEvaluator:
   """Evaluates weights on the evaluation split of a config; compiles once.
 
@@ -56,12 +66,7 @@ class SplitEvaluator:
   ):
     variant = registry.get_variant(config.model.name)
     self.layout, self._by_batch = Layout(model, mesh), sharding.batch_sharding(mesh)
-    eval_step = make_eval_step(split_model(model)[0], mean=variant.mean, std=variant.std)
-    self._step = jax.jit(
-      lambda params, stats, batch: eval_step(self.layout.gather(params), stats, batch),
-      in_shardings=(self.layout.weights["params"], self.layout.weights["stats"], self._by_batch),
-      out_shardings=sharding.replicated(mesh),
-    )
+    self._step = jit_eval_step(variant, model, self.layout)
     self._dataset, self._split = dataset, config.dataset.eval_split
     self._options = dict(
       batch_size=config.batch_size // jax.process_count(),

@@ -1,6 +1,7 @@
 """The likeliest classes of image files, by a trained model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from flax import nnx
 import jax
@@ -14,6 +15,28 @@ from vit_jax_ext.models.functional import normalize, split_model
 from vit_jax_ext.training import sharding
 from vit_jax_ext.training.evaluate import load_weights
 from vit_jax_ext.training.partition import Layout
+
+
+def jit_probabilities(
+  variant: registry.Variant, model: nnx.Module, layout: Layout
+) -> Callable[[Any, Any, jax.Array], jax.Array]:
+  """Returns `(params, stats, images) -> probabilities (B, classes)` of an abstract model, compiled when first called.
+
+  Images are uint8 (B, H, W, 3); every device computes all.
+  """
+  graphdef, _, _ = split_model(model)
+
+  def probabilities(params, stats, images):
+    model = nnx.merge(graphdef, layout.gather(params), stats)
+    logits, _ = model(normalize(images, variant.mean, variant.std), train=False)
+    return jax.nn.softmax(logits.astype(np.float32))
+
+  everywhere = sharding.replicated(layout.mesh)
+  return jax.jit(
+    probabilities,
+    in_shardings=(layout.weights["params"], layout.weights["stats"], everywhere),
+    out_shardings=everywhere,
+  )
 
 
 def predict(config: ml_collections.ConfigDict, workdir: str | None, paths: Sequence[str]) -> list[dict]:
@@ -38,13 +61,7 @@ def predict(config: ml_collections.ConfigDict, workdir: str | None, paths: Seque
 
   layout = Layout(model, sharding.make_mesh(config.mesh))
   _, _, weights = load_weights(config, workdir, model, layout.weights)
-  graphdef, _, _ = split_model(model)
-
-  @jax.jit
-  def probabilities(params, stats, images):
-    model = nnx.merge(graphdef, layout.gather(params), stats)
-    logits, _ = model(normalize(images, variant.mean, variant.std), train=False)
-    return jax.nn.softmax(logits.astype(np.float32))
+  probabilities = jit_probabilities(variant, model, layout)
 
   predictions = []
   for path, row in zip(paths, np.asarray(probabilities(weights["params"], weights["stats"], images)), strict=True):

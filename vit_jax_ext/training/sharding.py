@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -24,7 +25,8 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     devices: all of all hosts by default, or those of a topology that is only compiled for.
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices, or the model axis leaves a host.
+    UserError: the sizes do not multiply to the number of devices, the model axis leaves a host, or data does not divide
+      by the number of TPU slices, which it alone spans.
   """
   devices = jax.devices() if devices is None else devices
   sizes, number = [shape[axis] for axis in AXES], len(devices)
@@ -38,8 +40,15 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   data, fsdp, model = sizes
   factors = _prime_factors(fsdp)
   names = ("data", *(f"fsdp{i}" for i in range(len(factors))), "model")
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if data % slices:
+    raise UserError(f"mesh data={data} does not divide over {slices} slices; choose a multiple of {slices}")
   # Laid out by its three axes, which follow the network's topology, and only then refined.
-  grid = jax.make_mesh(sizes, AXES, devices=devices).devices.reshape(data, *factors, model)
+  if slices > 1:
+    grid = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, model), (slices, 1, 1), devices)
+  else:
+    grid = jax.make_mesh(sizes, AXES, devices=devices).devices
+  grid = grid.reshape(data, *factors, model)
   if any(len({device.process_index for device in group}) > 1 for group in grid.reshape(-1, model)):
     # Such hosts would have to read the same images.
     per_host = sum(device.process_index == devices[0].process_index for device in devices)

@@ -1,0 +1,124 @@
+"""Say whether an experiment fits on devices, how fast it would be and what it sends; needs neither devices nor dataset.
+
+XLA's own compiler for KIND:SHAPE compiles the very step that training would run. v5e:4x4, v4:2x2x4 and the like are TPU
+slices (v3, v4, v5e, v5p, v6e, tpu7x), h100:1x8 is HOSTSxGPUS (a100, h100, h200, b200), cpu:8 simulated CPU devices, here
+what this machine has.
+"""
+
+import argparse
+import shlex
+import sys
+from typing import Any
+
+from vit_jax_ext import commands
+from vit_jax_ext.errors import RunError
+
+GIB = 2**30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the command's flags."""
+  commands.add_config(parser)
+  commands.add_output(parser)
+  add_devices(parser, default="here")
+  parser.add_argument("--program", choices=("train", "evaluate", "predict"), default="train", help="(default: train)")
+  parser.add_argument("--num-classes", metavar="N", type=int, default=1000, help="of the dataset (default: 1000)")
+  parser.add_argument(
+    "--examples", metavar="N", type=int, default=1_281_167, help="of the training split (default: ImageNet's 1,281,167)"
+  )
+
+
+def add_devices(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+  """Adds --devices and --slices."""
+  parser.add_argument("--devices", metavar="KIND:SHAPE", default=default, help="such as v5e:4x4, h100:1x8, cpu:8, here")
+  parser.add_argument("--slices", metavar="N", type=int, default=1, help="of TPUs, joined by a network (default: 1)")
+
+
+def run(args: argparse.Namespace) -> None:
+  """Prints what the program needs, and writes plan.json.
+
+  Raises:
+    RunError: the compiler crashes.
+  """
+  from vit_jax_ext import config as configs
+  from vit_jax_ext.files import write_json
+  from vit_jax_ext.plan import kinds, report
+
+  config = configs.load_config(args.config or configs.DEFAULT)
+  configs.override(config, args.overrides)
+  target = kinds.open_target(args.devices, args.slices)
+  import jax
+
+  try:
+    plan = report.plan(config, target, args.num_classes, args.examples, args.program)
+  except jax.errors.JaxRuntimeError as error:
+    first = str(error).strip().splitlines()[0]
+    raise RunError(
+      f"XLA's compiler fails: {first}; reproduce it with python main.py {shlex.join(sys.argv[1:])}"
+    ) from None
+  print_plan(plan)
+  if args.output:
+    commands.print_written(write_json(args.output, "plan.json", plan))
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+  """Prints a plan for people."""
+  mesh = " x ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
+  print(f"{plan['program']} {plan['model']}, {plan['parameters']:,} parameters, {plan['batch_size']} images a step, "
+        f"on {plan['devices']}: {plan['chips']} chip(s), {mesh}")  # fmt: skip
+  if plan["remarks"]:
+    print(f"  {plan['remarks']}")
+  _print_memory(plan["memory"], plan["fits"])
+  if not plan["fits"]:
+    return
+  if plan["time"]:
+    _print_time(plan["time"], plan["work"])
+  _print_collectives(plan["collectives"], plan["least_sent"])
+  for name, rows in plan["dearest"].items():
+    print(f"dearest {name}:")
+    for row in rows:
+      cycles = f"{row['cycles'] / 1e6:12,.3f} M cycles" if plan["time"] and row["cycles"] else ""
+      print(f"{cycles}{row['memory_bytes'] / 1e6:14,.1f} MB  {row['pass']:8} {row['where']}")
+  compilation = plan["compilation"]
+  print(f"compiled in {compilation['seconds']:.1f} s with {compilation['peak_memory'] / GIB:.2f} GiB")
+
+
+def _print_memory(memory: dict[str, Any], fits: bool) -> None:
+  of = f" of {memory['limit'] / GIB:.2f}" if memory["limit"] else ""
+  print(f"{'fits' if fits else 'DOES NOT FIT'}: {memory['total'] / GIB:.2f}{of} GiB on each device")
+  for name, size in memory.items():
+    if name not in ("total", "limit") and size:
+      print(f"  {name:14}{size / GIB:10.3f} GiB")
+
+
+def _print_time(time: dict[str, float], work: dict[str, Any]) -> None:
+  print(f"estimated step: {time['step'] * 1e3:,.2f} ms, {time['images_per_second_per_chip']:,.0f} images/s a chip, "
+        f"{time['images_per_second']:,.0f} in all, {time['share_of_peak']:.1%} of peak")  # fmt: skip
+  if "training_hours" in time:
+    print(f"  estimated training, without evaluations: {time['training_hours']:,.1f} h")
+  print(f"  {work['flops'] / 1e12:.3f} TFLOP a device, {work['matmul_flops'] / max(work['flops'], 1):.1%} in matmuls; "
+        f"{work['memory_bytes'] / 1e9:,.2f} GB to and from memory, {time['memory'] * 1e3:,.2f} ms")  # fmt: skip
+  if "estimated_cycles" in work:
+    counted = sum(row["cycles"] for row in work["counted"])
+    print(f"  {work['estimated_cycles'] / 1e6:,.2f} M cycles as the compiler estimates, {counted / 1e6:,.2f} M counted for "
+          f"what it does not:")  # fmt: skip
+    for row in work["counted"][:5]:
+      print(f"    {row['cycles'] / 1e6:10,.3f} M  {row['times']:,} x {row['what']}")
+  else:
+    print("  from FLOPs and bytes at the published speed: no step can be faster")
+  for loop in work["unknown_loops"]:
+    print(f"  {loop}: a loop of unknown rounds, counted once")
+
+
+def _print_collectives(rows: list[dict[str, Any]], least: dict[str, float]) -> None:
+  if not rows:
+    return
+  print("collectives, each device's arrays and what it sends:")
+  for row in rows:
+    how = "asynchronous" if row["asynchronous"] else "synchronous"
+    sent = row["sent_near"] + row["sent_far"]
+    print(f"  {row['kind']:19}{row['axes']:13}{row['bytes'] / 1e6:12,.3f} MB in {row['operations']:<5,}sends "
+          f"{sent / 1e6:12,.3f} MB  {row['reach']}, {how}")  # fmt: skip
+  sent = sum(row["sent_near"] + row["sent_far"] for row in rows)
+  print(f"  in all {sent / 1e6:,.3f} MB; at least " +
+        ", ".join(f"{size / 1e6:,.3f} MB for {name}" for name, size in least.items()))  # fmt: skip
