@@ -43,20 +43,6 @@ def saved(tmp_path_factory, data_dir):
 
 
 @pytest.fixture
-def compiled():
-  """Returns a list that gets the name of each program that the compiler, or its cache on disk, is asked for."""
-  names = []
-
-  def listener(event, _, fun_name=None, **kw):
-    if event == "/jax/core/compile/backend_compile_duration":
-      names.append(fun_name)
-
-  jax.monitoring.register_event_duration_secs_listener(listener)
-  yield names
-  jax.monitoring.unregister_event_duration_listener(listener)
-
-
-@pytest.fixture
 def told(monkeypatch):
   """Returns a list that gets the warnings."""
   lines = []
