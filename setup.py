@@ -45,6 +45,7 @@ setup(
     "tpu": [f"jax[tpu]{JAX}"],
     "test": [
       "hypothesis>=6.170,<7",
+      'libtpu>=0.0.42.1,<0.0.43; platform_system == "Linux" and platform_machine == "x86_64"',  # compiles without a TPU
       "pillow>=13,<14",
       "playwright>=1.65,<2",  # drives a Chromium that is installed otherwise
       "pytest>=9,<10",

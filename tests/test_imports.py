@@ -18,10 +18,11 @@ HOUSE = """
 commands
 studies.run
 studies.study
-attention.measure  attention.clusters   compare.comparison   plan
+attention.measure  attention.clusters   compare.comparison   training.doctor
+plan
 attention.similarity  attention.figures  compare.report  compare.benchmark
 compare.charts  compare.results  compare.runs  compare.cost
-training.train  training.doctor  training.predict  export
+training.train  training.predict  export
 training.evaluate  training.ahead
 training.experiment
 training.train_step  training.mixup  training.faults  training.partition  training.distributed  training.accelerators

@@ -121,7 +121,7 @@ def test_table_6_is_printed(run, tmp_path):
     (["predict", "image.png"], ["holds no run"]),
     (["compare", "--models=resnet50"], ["resnet50"]),
     (["compare", "--config.model.overrides.depth=2"], ["overrides.depth=2", "leave it out"]),
-    (["fly"], ["fly", "choose one of analyze, collectives"]),
+    (["fly"], ["fly", "choose one of analyze, compare"]),
     (["trian"], ["'trian'", "did you mean train?"]),
     (["studies", "all"], ["'studies'", "did you mean study?"]),
     (["--steps=3"], ["--steps=3"]),

@@ -1,145 +1,97 @@
-"""Bytes that a training step moves, against what can be counted by hand."""
+"""Collectives in the ways in which HLO writes them."""
 
-import json
-import os
-import subprocess
-import sys
-
-import jax
 import pytest
 
-from configs import digits
-import main
-import vit_jax_ext as vx
-from vit_jax_ext.plan.collectives import Collective, collectives, measure, simulate_devices
+from vit_jax_ext.plan.collectives import Collective, find_collectives, replica_groups
+from vit_jax_ext.plan.hlo import Program
 
-# A loop of 3 rounds with a loop of 5 in it; a branch; types of 1, 2, 4 and 8 bytes.
-PROGRAM = """HloModule example, is_scheduled=true
-
-FileNames
-1 "all-reduce(.py"
+PROGRAM = """HloModule example, is_scheduled=true, num_partitions=8
 
 %sum (a: f32[], b: f32[]) -> f32[] {
   ROOT %add = f32[] add(%a, %b)
 }
 
-%inner (x: f32[4]) -> f32[4] {
-  ROOT %all-gather.1 = bf16[8,4]{1,0} all-gather(%x), dimensions={0}, metadata={op_name="a = b all-reduce"}
+%start (p: bf16[4,8]) -> bf16[16,8] {
+  %p.1 = bf16[4,8]{1,0} parameter(0)
+  %all-gather.1 = bf16[16,8]{1,0} all-gather(%p.1), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %c.1 = bf16[16,8]{1,0} custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%meanwhile (p: bf16[4,8]) -> bf16[16,8] {
+  %p.2 = bf16[4,8]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[16,8]{1,0} all-gather(%p.2), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+}
+
+%scatter (p: f32[16,8]) -> f32[4,8] {
+  %p.3 = f32[16,8]{1,0} parameter(0)
+  %all-reduce.2 = f32[16,8]{1,0} all-reduce(%p.3), channel_id=6, replica_groups=[2,4]<=[8], to_apply=%sum
+  ROOT %mine = f32[4,8]{1,0} dynamic-slice(%all-reduce.2, %i, %j), dynamic_slice_sizes={4,8}
+}
+
+%body (x: f32[4]) -> f32[4] {
+  ROOT %all-to-all.1 = (f32[2]{0}, f32[2]{0}) all-to-all(%x), channel_id=7, replica_groups={{0,4},{1,5},{2,6},{3,7}}
 }
 
 %condition (x: f32[4]) -> pred[] {
   ROOT %less = pred[] compare(%x, %y), direction=LT
 }
 
-%outer (x: f32[4]) -> f32[4] {
-  %while.1 = (s32[], s8[]) while(%x), condition=%condition, body=%inner, backend_config={"known_trip_count":{"n":"5"}}
-  ROOT %all-to-all.1 = (pred[3]{0}, f64[2]{0}, /*index=2*/s8[]) all-to-all(%x), dimensions={0}
+ENTRY %main (x: f32[10,10], y: bf16[4,8], z: f32[16,8]) -> f32[10,10] {
+  %x = f32[10,10]{1,0} parameter(0)
+  %y = bf16[4,8]{1,0} parameter(1)
+  %z = f32[16,8]{1,0} parameter(2)
+  %all-reduce.1 = f32[10,10]{1,0} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%sum
+  %fusion.1 = bf16[16,8]{1,0} fusion(%y), kind=kCustom, calls=%start
+  %fusion.2 = bf16[16,8]{1,0} fusion(%y), kind=kOutput, calls=%meanwhile
+  %fusion.3 = f32[4,8]{1,0} fusion(%z), kind=kCustom, calls=%scatter
+  %while.1 = f32[4]{0} while(%x), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %collective-permute-start.1 = (f32[16,8]{1,0}, f32[16,8]{1,0}, u32[]) collective-permute-start(%z), source_target_pairs={{0,1},{1,2}}
+  %collective-permute-done.1 = f32[16,8]{1,0} collective-permute-done(%collective-permute-start.1)
+  ROOT %done = f32[10,10]{1,0} add(%x, %all-reduce.1)
 }
-
-%branch (x: f32[4]) -> f32[4] {
-  ROOT %collective-permute.1 = f32[4]{0} collective-permute(%x), source_target_pairs={{0,1}}
-}
-
-ENTRY %main (x: f32[4]) -> f32[4] {
-  %all-reduce.1 = f32[10,10]{1,0} all-reduce(%x), to_apply=%sum, replica_groups={{0,1}}
-  %while.2 = f32[4]{0} while(%x), condition=%condition, body=%outer, backend_config={"known_trip_count":{"n":"3"}}
-  %conditional.1 = f32[4]{0} conditional(%x), branch_computations={%branch, %branch}
-  ROOT %done = f32[4]{0} add(%x, %all-reduce.1)
-}
-"""
+"""  # noqa: E501
 
 
-def test_collectives_of_loops_and_branches():
-  assert sorted(collectives(PROGRAM), key=lambda c: c.kind) == [
-    Collective("all-gather", 64, 15),
-    Collective("all-reduce", 400, 1),
-    Collective("all-to-all", 20, 3),
-    Collective("collective-permute", 16, 1),
-    Collective("collective-permute", 16, 1),
+def test_kinds_axes_bytes_and_what_is_sent():
+  found = find_collectives(Program(PROGRAM), {"data": 2, "fsdp": 4, "model": 1}, [0] * 4 + [1] * 4)
+  assert found == [
+    # Each island of 4 sums up, 2 x 3/4 of the array; then a quarter of it goes to the other and back.
+    Collective("all-reduce", "data x fsdp", 400, 1, False, near=2 * 0.75 * 400, far=2 * 100 / 2),
+    Collective("all-gather", "fsdp", 256, 1, True, near=0.75 * 256, far=0.0),
+    Collective("reduce-scatter", "fsdp", 512, 1, False, near=0.75 * 512, far=0.0),
+    Collective("all-to-all", "data", 16, 3, False, near=0.0, far=8.0),
+    Collective("collective-permute", "fsdp", 512, 1, True, near=512.0, far=0.0),
   ]
-  with pytest.raises(ValueError, match=r"all-gather\.1"):
-    collectives(PROGRAM.replace('"n":"5"', '"n":"?"'))
 
 
-@pytest.fixture
-def config():
-  """A ViT of two blocks."""
-  config = digits.get_config("vit")
-  config.model.overrides.update(depth=2)
-  config.ema_decay = 0.0
-  return config
+@pytest.mark.parametrize(
+  ("text", "groups"),
+  [
+    ("replica_groups={{0,1},{2,3}}, x", [[0, 1], [2, 3]]),
+    ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+    ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2] {'b'}", [[0, 1], [2, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", [[0, 1], [2, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
+    ("source_target_pairs={{0,3},{2,1}}", [[0, 3], [2, 1]]),
+    ("replica_groups={}", [[0, 1, 2, 3]]),
+  ],
+)
+def test_groups(text, groups):
+  assert replica_groups(text, 4) == groups
 
 
-def moved(config, **mesh):
-  config.mesh.update(mesh)
-  result = measure(config, 10)
-  return result, {kind: row["bytes"] for kind, row in result["collectives"].items()}
+def test_slices_that_a_network_connects():
+  """The program is that of one slice, and sends to the others what it has summed up."""
+  text = """HloModule example, num_partitions=2
 
-
-def test_data_parallel_reduces_each_gradient_once_and_nothing_else(config):
-  result, by_kind = moved(config, data=8, fsdp=1, model=1)
-  loss_and_top1 = 8
-  assert by_kind == {"all-reduce": 4 * result["parameters"] + loss_and_top1}
-  assert result["device"]["state"] == 12 * result["parameters"] + 12  # weights, two moments; three counters of steps
-  assert result["device"]["batch"] == 8 * (24 * 24 * 3 + 4)
-
-
-def test_accumulation_reduces_in_every_part(config):
-  config.optimizer.accumulation_steps = 4
-  result, by_kind = moved(config, data=8, fsdp=1, model=1)
-  assert by_kind["all-reduce"] == pytest.approx(4 * 4 * result["parameters"], rel=1e-3)
-
-
-def test_fsdp_gathers_and_reduces_each_parameter_once(config):
-  result, by_kind = moved(config, data=1, fsdp=8, model=1)
-  assert by_kind == {
-    "all-gather": 4 * result["parameters"],
-    "all-reduce": pytest.approx(4 * result["parameters"], rel=0.01),  # the gradient's norm takes a few bytes an array
-  }
-  assert result["device"]["state"] == pytest.approx(12 * result["parameters"] / 8, rel=0.01)
-
-
-def test_model_axis_exchanges_the_residual_stream_four_times_a_block(config):
-  """After attention and MLP, forward and backward (Megatron-LM, section 3); at most the parameters besides."""
-  result, by_kind = moved(config, data=4, fsdp=1, model=2)
-  residual_stream = 4 * 16 * 37 * 48  # bytes: float32, images of a device, tokens, channels
-  parameters = 4 * result["parameters"]
-  assert by_kind.keys() == {"all-reduce", "all-gather"}
-  assert 2 * 4 * residual_stream < by_kind["all-reduce"] < 2 * 4 * residual_stream + parameters
-  assert by_kind["all-gather"] < parameters
-  assert result["collectives"]["all-gather"]["largest"] < 4 * 48 * 145  # no activations
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", digits.VARIANTS)
-def test_model_axis_leaves_only_parameters_to_gather(family):
-  """In all families: parameters, and the gradients of packed qkv. Re-attention mixes the heads, so its maps travel."""
-  config = digits.get_config(family)
-  _, by_kind = moved(config, data=8, fsdp=1, model=1)
-  assert by_kind.keys() == {"all-reduce"}
-  result, by_kind = moved(config, data=4, fsdp=1, model=2)
-  assert by_kind.keys() == {"all-reduce", "all-gather"}
-  maps = 4 * 2 * 4 * 16 * 4 * 37 * 37 if family == "deepvit" else 0
-  assert by_kind["all-gather"] <= 1.5 * 4 * result["parameters"] + maps
-
-
-def test_a_mesh_left_open_is_refused(config):
-  with pytest.raises(vx.UserError, match="data"):
-    simulate_devices(config.mesh)
-
-
-@pytest.mark.slow
-def test_command_simulates_more_devices_than_there_are(tmp_path):
-  command = [
-    sys.executable,
-    "main.py",
-    "collectives",
-    "--config.mesh.data=32",
-    "--num-classes=10",
-    f"--output={tmp_path}",
+ENTRY %main (x: f32[10]) -> f32[10] {
+  %x = f32[10]{0} parameter(0)
+  %all-reduce.1 = f32[10]{0} all-reduce(%x), channel_id=1, replica_groups={{0,1}}, to_apply=%sum
+  %send.1 = (f32[10]{0}, u32[], token[]) send(%x, %token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""  # noqa: E501
+  assert find_collectives(Program(text), {"data": 4, "fsdp": 1, "model": 1}, [0, 0, 1, 1]) == [
+    Collective("all-reduce", "data", 40, 1, False, near=40.0, far=0.0),
+    Collective("all-reduce", "data", 40, 1, True, near=0.0, far=40.0),
   ]
-  root = os.path.dirname(main.__file__)
-  printed = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
-  result = json.loads((tmp_path / "collectives.json").read_text())
-  assert result["mesh"]["data"] == 32 != jax.device_count()
-  assert "data=32 x fsdp=1 x model=1" in printed and "all-reduce" in printed

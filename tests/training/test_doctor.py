@@ -75,3 +75,12 @@ def test_what_a_user_sees(tiny_config, tmp_path, run, data_dir):
   status, out, err = run("doctor", "--config.mesh.data=3", *place)
   assert (status, err.count("\n")) == (2, 1) and "1 thing(s) would stop this run" in err
   assert [line.split()[0] for line in out.splitlines()] == ["ok", "ok", "WRONG", "ok"]
+
+
+def test_memory_of_devices_that_are_not_there(tiny_config, tmp_path, run, data_dir):
+  """Compiled, as `plan` does it."""
+  place = (f"--workdir={tmp_path / 'run'}", f"--config.dataset.data_dir={data_dir}")
+  status, out, _ = run("doctor", "--devices=cpu:2", *place)
+  assert status == 0
+  (memory,) = (line for line in out.splitlines() if line.split()[1] == "memory")
+  assert "on each device of cpu:2" in memory and "temporaries" in memory and "2 x cpu" in out

@@ -38,6 +38,12 @@ def add_output(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--output", metavar="DIR", help="write the results into this folder")
 
 
+def add_devices(parser: argparse.ArgumentParser, **kw) -> None:
+  """Adds --devices and --slices."""
+  parser.add_argument("--devices", metavar="KIND:SHAPE", **{"help": "such as v5e:4x4, h100:1x8, cpu:8 or here"} | kw)
+  parser.add_argument("--slices", metavar="N", type=int, default=1, help="of TPUs, joined by a network (default: 1)")
+
+
 def add_thresholds(parser: argparse.ArgumentParser) -> None:
   """Adds the thresholds of similarity."""
   parser.add_argument("--threshold", type=float, default=0.8, help="similarity of similar blocks (default: 0.8)")

@@ -10,6 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's flags."""
   commands.add_workdir(parser)
   commands.add_config(parser)
+  commands.add_devices(parser, help="compile the step for these, such as v5e:4x4, h100:1x8 or here")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -18,10 +19,12 @@ def run(args: argparse.Namespace) -> None:
   Raises:
     UserError: something is wrong; says how much.
   """
+  from vit_jax_ext.plan.kinds import open_target
   from vit_jax_ext.training.doctor import examine
 
+  target = open_target(args.devices, args.slices) if args.devices else None
   wrong = 0
-  for name, healthy, finding in examine(*commands.new_experiment(args)):
+  for name, healthy, finding in examine(*commands.new_experiment(args), target):
     print(f"{'ok' if healthy else 'WRONG':6}{name:12}{finding}", flush=True)
     wrong += not healthy
   if wrong:

@@ -1,8 +1,8 @@
 """Say whether an experiment fits on devices, how fast it would be and what it sends; needs neither devices nor dataset.
 
-XLA's own compiler for KIND:SHAPE compiles the very step that training would run. v5e:4x4, v4:2x2x4 and the like are TPU
-slices (v3, v4, v5e, v5p, v6e, tpu7x), h100:1x8 is HOSTSxGPUS (a100, h100, h200, b200), cpu:8 simulated CPU devices, here
-what this machine has.
+XLA's own compiler for KIND:SHAPE compiles the very step that training would run. v5e:4x4, v4:2x2x4 and the like are
+TPU slices (v3, v4, v5e, v5p, v6e, tpu7x), h100:1x8 is HOSTSxGPUS (a100, h100, h200, b200), cpu:8 simulated CPU devices,
+here what this machine has.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's flags."""
   commands.add_config(parser)
   commands.add_output(parser)
-  add_devices(parser, default="here")
+  commands.add_devices(parser, default="here")
   parser.add_argument("--program", choices=("train", "evaluate", "predict"), default="train", help="(default: train)")
   parser.add_argument("--num-classes", metavar="N", type=int, default=1000, help="of the dataset (default: 1000)")
   parser.add_argument(
@@ -30,12 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument("--measure", action="store_true", help="run it on synthetic images, on --devices=here or cpu:N")
   parser.add_argument("--save", metavar="FILE", help="write the compiled training step, for train --compiled=FILE")
-
-
-def add_devices(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-  """Adds --devices and --slices."""
-  parser.add_argument("--devices", metavar="KIND:SHAPE", default=default, help="such as v5e:4x4, h100:1x8, cpu:8, here")
-  parser.add_argument("--slices", metavar="N", type=int, default=1, help="of TPUs, joined by a network (default: 1)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -100,6 +94,7 @@ def print_plan(plan: dict[str, Any]) -> None:
     print(f"  {plan['remarks']}")
   _print_memory(plan["memory"], plan["fits"])
   if not plan["fits"]:
+    _print_way_out(plan)
     return
   if plan["time"]:
     _print_time(plan["time"], plan["work"])
@@ -121,17 +116,28 @@ def _print_memory(memory: dict[str, Any], fits: bool) -> None:
       print(f"  {name:14}{size / GIB:10.3f} GiB")
 
 
+def _print_way_out(plan: dict[str, Any]) -> None:
+  limit = plan["memory"]["limit"]
+  print("tried:" if plan["remedies"] else "nothing to try: images and parameters are as divided as they can be")
+  for remedy in plan["remedies"]:
+    verdict = "fits" if remedy["total"] <= limit else "does not fit"
+    print(f"  {remedy['total'] / GIB:10.2f} GiB, {verdict}: {remedy['flags']}")
+  print("largest arrays" + (":" if "padding" in plan["memory"] else ", of the last one that compiled:"))
+  for row in plan["largest"]:
+    print(f"  {row['bytes'] / GIB:10.3f} GiB  {row['number']:3} x {row['array']:28} {row['pass']:8} {row['where']}")
+
+
 def _print_time(time: dict[str, float], work: dict[str, Any]) -> None:
   print(f"estimated step: {time['step'] * 1e3:,.2f} ms, {time['images_per_second_per_chip']:,.0f} images/s a chip, "
         f"{time['images_per_second']:,.0f} in all, {time['share_of_peak']:.1%} of peak")  # fmt: skip
   if "training_hours" in time:
     print(f"  estimated training, without evaluations: {time['training_hours']:,.1f} h")
-  print(f"  {work['flops'] / 1e12:.3f} TFLOP a device, {work['matmul_flops'] / max(work['flops'], 1):.1%} in matmuls; "
+  print(f"  {work['flops'] / 1e9:,.1f} GFLOP a device, {work['matmul_flops'] / max(work['flops'], 1):.1%} in matmuls; "
         f"{work['memory_bytes'] / 1e9:,.2f} GB to and from memory, {time['memory'] * 1e3:,.2f} ms")  # fmt: skip
   if "estimated_cycles" in work:
     counted = sum(row["cycles"] for row in work["counted"])
-    print(f"  {work['estimated_cycles'] / 1e6:,.2f} M cycles as the compiler estimates, {counted / 1e6:,.2f} M counted for "
-          f"what it does not:")  # fmt: skip
+    print(f"  {work['estimated_cycles'] / 1e6:,.2f} M cycles as the compiler estimates, {counted / 1e6:,.2f} M counted "
+          f"for what it does not:")  # fmt: skip
     for row in work["counted"][:5]:
       print(f"    {row['cycles'] / 1e6:10,.3f} M  {row['times']:,} x {row['what']}")
   else:

@@ -10,6 +10,7 @@ import numpy as np
 from vit_jax_ext.plan.hlo import Instruction, Program
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+MOVES = frozenset((*KINDS, *(f"{kind}-start" for kind in KINDS), "send", "recv"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +44,18 @@ def find_collectives(program: Program, mesh: Mapping[str, int], islands: Sequenc
     mesh: size of each axis.
     islands: number of the slice or host of each device.
   """
+  if program.partitions < len(islands):  # a program of one slice; the data axis alone spans several
+    slices = len(islands) // program.partitions
+    mesh, islands = {**mesh, "data": mesh["data"] // slices}, islands[: program.partitions]
+  else:
+    slices = 1
   found = {}
   for instruction, kind, times, overlapped in _instructions(program):
     channel = re.search(r"channel_id=(\d+)", instruction.rest)
     # A collective that other work is woven into stands in each of these fusions, always with its number.
-    found.setdefault(channel[1] if channel else instruction.name, (instruction, kind, times, overlapped))
-  return [_measure(program, *collective, mesh, islands) for collective in found.values()]
+    woven = overlapped and instruction.opcode == kind and channel
+    found.setdefault(channel[1] if woven else instruction.name, (instruction, kind, times, overlapped))
+  return [_measure(program, *collective, mesh, islands, slices) for collective in found.values()]
 
 
 def _instructions(program: Program) -> Iterator[tuple[Instruction, str, int, bool]]:
@@ -65,14 +72,15 @@ def _instructions(program: Program) -> Iterator[tuple[Instruction, str, int, boo
     if outer.opcode == "fusion":
       parts = [part for name in outer.called() for part in program.computations[name].values()]
     opcodes, targets = {part.opcode for part in parts}, {part.target for part in parts}
+    woven = "AsyncCollectiveStart" in targets or outer.computation in in_background
     for part in parts:
       kind = part.opcode.removesuffix("-start")
-      if kind not in KINDS:
-        continue
-      overlapped = part.opcode != kind or part.computation in in_background or "AsyncCollectiveStart" in targets
       if kind == "all-reduce" and "dynamic-slice" in opcodes:  # the TPU's reduce-scatter
-        kind = "reduce-scatter"
-      yield part, kind, times, overlapped
+        yield part, "reduce-scatter", times, woven
+      elif kind in KINDS:
+        yield part, kind, times, woven or part.opcode != kind or '"async_collective_fusion_config"' in part.rest
+      elif part.opcode == "send" and (transfer := re.search(r'megascale_transfer_type="(\w+)"', part.rest)):
+        yield part, transfer[1].lower().replace("_", "-"), times, True
 
 
 def _measure(
@@ -83,9 +91,13 @@ def _measure(
   overlapped: bool,
   mesh: Mapping[str, int],
   islands: Sequence[int],
+  slices: int,
 ) -> Collective:
   operands = [array.size for array in program.operands(instruction)]
   results = [array.size for array in instruction.results]
+  if instruction.opcode == "send":  # each slice by way of its hosts to the others
+    factor = 2 if kind == "all-reduce" else 1
+    return Collective(kind, "data", operands[0], times, overlapped, 0.0, factor * operands[0] * (slices - 1) / slices)
   if instruction.opcode in ("all-gather-start", "collective-permute-start"):  # whose result repeats the operands
     results = results[len(operands) : 2 * len(operands)]
   size = max(sum(operands), sum(results))

@@ -23,14 +23,14 @@ class DoesNotFitError(Exception):
   """The compiler does not find room for a program.
 
   Attributes:
-    needed, limit: bytes, as far as the compiler says.
+    needed, limit: bytes on a device, of all that it holds.
   """
 
   def __init__(self, message: str):
     super().__init__(message)
     units = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     sizes = [float(size) * units[unit] for size, unit in re.findall(r"([\d.]+)([KMGT])\b", message)]
-    self.needed, self.limit = (round(size) for size in (sizes + [0, 0])[:2])
+    self.needed, self.limit = (round(size) for size in [*sizes, 0, 0][:2])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,15 @@ import functools
 import math
 import re
 
-from vit_jax_ext.plan.hlo import ARITHMETIC, Array, Instruction, Program
+from vit_jax_ext.plan.hlo import Array, Instruction, Program
 from vit_jax_ext.plan.kinds import Kind
 
+# Opcodes that compute each element of their result from one of each operand.
+ARITHMETIC = re.compile(
+  r"add|subtract|multiply|divide|maximum|minimum|power|remainder|negate|abs|sqrt|rsqrt|cbrt|exponential"
+  r"|exponential-minus-one|log|log-plus-one|logistic|tanh|tan|sine|cosine|erf|atan2|and|or|not|xor|compare|select|clamp"
+  r"|floor|ceil|round-nearest-even|round-nearest-afz|sign"
+)
 LANES = 4096  # elements that a sort compares in `SORT_CYCLES`
 SORT_CYCLES = 4
 
@@ -42,7 +48,7 @@ def _flops(program: Program, computation: str, name: str) -> tuple[int, int]:
       found = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.rest)
       return (int(found[1]) if found else 0,) * 2
     case opcode:
-      return (elements if opcode in ARITHMETIC else 0), 0
+      return (elements if ARITHMETIC.fullmatch(opcode) else 0), 0
 
 
 def _convolution(instruction: Instruction, image: Array, kernel: Array) -> int:

@@ -15,12 +15,6 @@ import re
 FREE = re.compile(
   r"parameter|constant|get-tuple-element|tuple|bitcast|after-all|partition-id|replica-id|opt-barrier|iota|.*-(done|update)"
 )
-ARITHMETIC = frozenset(
-  """add subtract multiply divide maximum minimum power remainder negate abs sqrt rsqrt cbrt exponential
-  exponential-minus-one log log-plus-one logistic tanh tan sine cosine erf atan2 and or not xor compare select clamp
-  floor ceil round-nearest-even round-nearest-afz sign map""".split()
-)
-
 _HEADER = re.compile(r"(ENTRY )?%?(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?(\S+) = (.+?) ([a-z][a-z0-9-]*)\((.*)")
 _ARRAY = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
@@ -131,6 +125,8 @@ class Program:
 
   Attributes:
     computations: name -> instructions by name.
+    entry: name of the one that the program starts with.
+    partitions: devices that it is for; of several TPU slices those of one.
     unknown_loops: names of loops whose rounds the compiler does not know; they count once.
   """
 
@@ -139,6 +135,7 @@ class Program:
     self._tables = {name: dict(line.split(" ", 1) for line in rows.splitlines()) for name, rows in _TABLE.findall(text)}
     self.computations: dict[str, dict[str, Instruction]] = {}
     self.unknown_loops: list[str] = []
+    self.partitions = int((re.search(r"num_partitions=(\d+)", text.partition("\n")[0]) or ["", 1])[1])
     inside = ""
     for line in text.splitlines():
       if line.startswith("  "):
@@ -149,7 +146,7 @@ class Program:
       elif header := _HEADER.match(line):
         inside = header[2]
         self.computations[inside] = {}
-        self._entry = inside if header[1] else getattr(self, "_entry", "")
+        self.entry = inside if header[1] else getattr(self, "entry", "")
 
   def operands(self, instruction: Instruction) -> list[Array]:
     """Returns the arrays that an instruction reads."""
@@ -162,7 +159,7 @@ class Program:
     A fusion is one instruction. Names of values that cost nothing are left out.
     """
     self.unknown_loops.clear()
-    return list(self._walk(self._entry, 1))
+    return list(self._walk(self.entry, 1))
 
   def _walk(self, computation: str, times: int) -> Iterator[tuple[Instruction, int]]:
     for instruction in self.computations[computation].values():
@@ -248,10 +245,11 @@ class Program:
       instruction = here[instruction.operands[0]]
     return instruction
 
-  def backward(self, instruction: Instruction) -> bool:
-    """Returns whether an instruction belongs to a gradient."""
+  def direction(self, instruction: Instruction) -> str:
+    """Returns forward or backward for the parts of a gradient, else nothing."""
     found = re.search(r'op_name="([^"]*)"', self.source(instruction).rest)
-    return bool(found and "transpose(" in found[1])
+    name = found[1] if found else ""
+    return "backward" if "transpose(" in name else "forward" if "jvp(" in name else ""
 
   def place(self, instruction: Instruction) -> tuple[str, str]:
     """Returns the innermost line of our source that an instruction comes from, and the classes that it runs in.

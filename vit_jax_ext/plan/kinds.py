@@ -1,6 +1,7 @@
 """Kinds of devices: what is published about them, and as many of them as a program is to be compiled for."""
 
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -43,7 +44,7 @@ GIB, GB = 2**30, 1e9
 
 # TPUs: cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e,tpu7x}, "System architecture"; links are half of the published
 # two-way bandwidth. Clocks of v3 and v4: Jouppi et al. 2023 (2304.01433), Table 4. The others' are peak over what the
-# matrix units do in a cycle: 4 x 128 x 128 x 2 FLOP (v5e), 8 x 128 x 128 x 2 (v5p), 4 x 256 x 256 x 2 (v6e, half a TPU7x).
+# matrix units do in a cycle: 4 x 128 x 128 x 2 FLOP (v5e), twice that (v5p), 4 x 256 x 256 x 2 (v6e, half a TPU7x).
 # GPUs: the SXM cards' data sheets, dense; memory and its bandwidth as XLA has them (openxla/xla, target_config/specs);
 # network: that of NVIDIA's DGX, one 200 (A100) or 400 Gb/s adapter for each GPU.
 KINDS = {
@@ -103,8 +104,8 @@ def open_target(name: str, slices: int = 1) -> Target:
   """Returns the devices that a name means. TPUs and GPUs need not be there, their compiler has to.
 
   Args:
-    name: KIND:SHAPE, such as v5e:4x4, h100:HOSTSxGPUS or cpu:N; or "here". All but "here" keep JAX from the accelerators
-      of this machine, and have to come before JAX is used.
+    name: KIND:SHAPE, such as v5e:4x4, h100:HOSTSxGPUS or cpu:N; or "here". All but "here" keep JAX from the
+      accelerators of this machine, and have to come before JAX is used.
     slices: of TPUs, each of this shape, that a network connects.
 
   Raises:
@@ -121,8 +122,8 @@ def open_target(name: str, slices: int = 1) -> Target:
   jax.config.update("jax_platforms", "cpu")
   sizes = [int(size) for size in shape.split("x") if size.isdecimal()]
   if not sizes or min(sizes) < 1 or "x".join(map(str, sizes)) != shape:
-    example = {"cpu": "cpu:8"}.get(kind, f"{kind}:1x8" if kind in _GPUS else f"{kind}:{_shapes(KINDS[kind])[2]}")
-    raise UserError(f"--devices={name} has no shape; write numbers with x between them, such as {example}")
+    example = "8" if kind == "cpu" else "1x8" if kind in _GPUS else _shapes(KINDS[kind])[2]
+    raise UserError(f"--devices={name} has no shape; write numbers with x between them, such as {kind}:{example}")
   if kind == "cpu":
     return Target(name, _simulate(name, sizes), None)
   return Target(name, _gpus(name, kind, sizes) if kind in _GPUS else _tpus(name, kind, sizes, slices), KINDS[kind])
@@ -140,10 +141,8 @@ def _kind_of(device: jax.Device) -> Kind | None:
 def _simulate(name: str, sizes: Sequence[int]) -> Sequence[jax.Device]:
   if len(sizes) > 1:
     raise UserError(f"--devices={name}: CPU devices are simulated in a row; write cpu:{math.prod(sizes)}")
-  try:
+  with contextlib.suppress(RuntimeError):  # JAX has started
     jax.config.update("jax_num_cpu_devices", sizes[0])
-  except RuntimeError:  # JAX has started
-    pass
   devices = jax.devices("cpu")
   if len(devices) < sizes[0]:
     raise UserError(

@@ -5,12 +5,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-import psutil
 
-from vit_jax_ext.plan import cost
-from vit_jax_ext.plan.collectives import KINDS, Collective, find_collectives
+from vit_jax_ext.plan import cost, memory
+from vit_jax_ext.plan.collectives import MOVES, Collective, find_collectives
 from vit_jax_ext.plan.compile import Compilation, DoesNotFitError, compile_program
 from vit_jax_ext.plan.hlo import Instruction, Program
 from vit_jax_ext.plan.kinds import Kind, Target
@@ -59,20 +57,12 @@ def plan(
   try:
     compilation = compile_program(config, experiment, program)
   except DoesNotFitError as error:
-    memory = {"total": error.needed, "limit": error.limit or memory_limit(target)}
-    return about | {"fits": False, "memory": memory, "compiler": str(error)}
-  return about | measure(config, experiment, target, compilation, program)
-
-
-def memory_limit(target: Target) -> int | None:
-  """Returns the bytes of each device; None for simulated ones."""
-  if target.kind:
-    return int(target.kind.memory)
-  if target.name != "here":
-    return None
-  device = target.devices[0]
-  # Devices that are parts of the host share its memory.
-  return (device.memory_stats() or {}).get("bytes_limit") or psutil.virtual_memory().available // len(target.devices)
+    result = {"fits": False, "memory": {"total": error.needed, "limit": error.limit}}
+  else:
+    result = measure(config, experiment, target, compilation, program)
+  if not result["fits"]:
+    result["remedies"], result["largest"] = memory.find_remedies(config, target, num_classes, examples, program, result)
+  return about | result
 
 
 def measure(
@@ -81,18 +71,19 @@ def measure(
   """Returns the part of a plan that is read from the compiled program."""
   hlo = Program(compilation.compiled.as_text())
   executed = hlo.executed()
-  memory = _memory(compilation, memory_limit(target))
+  needs = memory.needs(compilation, target)
   mesh = sharding.axis_sizes(experiment.mesh)
   islands = [_island(device) for device in experiment.mesh.devices.flat]
   found = find_collectives(hlo, mesh, islands)
   work = _work(hlo, executed, target.kind)
   return {
-    "fits": memory["limit"] is None or memory["total"] <= memory["limit"],
-    "memory": memory,
+    "fits": needs["limit"] is None or needs["total"] <= needs["limit"],
+    "memory": needs,
+    "largest": memory.largest_arrays(hlo, executed),
     "work": work,
     "time": _time(config, experiment, target, work, found, program) if target.kind else None,
     "collectives": _by_kind(found, target),
-    "least_sent": _least_sent(config, compilation.held["parameters"], mesh, program),
+    "least_sent": _least_sent(compilation.held["parameters"], mesh, program),
     "dearest": _dearest(hlo, executed, target.kind),
     "compilation": {"seconds": compilation.seconds, "peak_memory": compilation.peak_memory},
   }
@@ -101,16 +92,6 @@ def measure(
 def _island(device: jax.Device) -> int:
   """Returns the number of the slice of a TPU, of the host of a GPU; all simulated CPU devices are one."""
   return {"tpu": getattr(device, "slice_index", 0), "cpu": 0}.get(device.platform, device.process_index)
-
-
-def _memory(compilation: Compilation, limit: int | None) -> dict[str, int | None]:
-  found = compilation.compiled.memory_analysis()
-  rows = dict(compilation.held)
-  rows["padding"] = found.argument_size_in_bytes - sum(rows.values())  # devices keep arrays in tiles
-  rows["temporaries"] = found.temp_size_in_bytes
-  rows["results"] = found.output_size_in_bytes - found.alias_size_in_bytes
-  rows["program"] = found.generated_code_size_in_bytes
-  return rows | {"total": sum(rows.values()), "limit": limit}
 
 
 def _cycles(hlo: Program, instruction: Instruction, kind: Kind | None) -> int:
@@ -127,8 +108,7 @@ def _only_moves(hlo: Program, instruction: Instruction) -> bool:
   parts = [instruction]
   if instruction.opcode == "fusion":
     parts = [part for name in instruction.called() for part in hlo.computations[name].values()]
-  moves = (*KINDS, *(f"{kind}-start" for kind in KINDS), "copy-start", "slice-start")
-  return any(part.opcode in moves for part in parts)
+  return any(part.opcode in MOVES or part.opcode in ("copy-start", "slice-start") for part in parts)
 
 
 def _work(hlo: Program, executed: Iterable[tuple[Instruction, int]], kind: Kind | None) -> dict[str, Any]:
@@ -171,11 +151,11 @@ def _time(
   for one in found:
     far = one.far / kind.network if one.far and kind.network else 0.0
     sent[one.overlapped] += (one.near / kind.link + far) * one.times
-  memory = work["memory_bytes"] / kind.bandwidth
-  step = max(computation, memory, sent[True]) + sent[False]
+  movement = work["memory_bytes"] / kind.bandwidth
+  step = max(computation, movement, sent[True]) + sent[False]
   time = {
     "computation": computation,
-    "memory": memory,
+    "memory": movement,
     "exposed_collectives": sent[False],
     "overlapped_collectives": sent[True],
     "step": step,
@@ -206,22 +186,20 @@ def _by_kind(found: Iterable[Collective], target: Target) -> list[dict[str, Any]
   ]
 
 
-def _least_sent(config: ml_collections.ConfigDict, stored: int, mesh: dict[str, int], program: str) -> dict[str, float]:
+def _least_sent(stored: int, mesh: dict[str, int], program: str) -> dict[str, float]:
   """Returns the bytes that a device sends at least for gradients and parameters, each summed or gathered once.
 
   Gradients are summed over data and fsdp, and each device ends with those of the parameters that it keeps: a scatter
-  over all, then a gather over data. Parameters are gathered over fsdp, in the type that the model computes in. What the
-  model axis exchanges comes on top.
+  over all, then a gather over data. Parameters are gathered over fsdp in bfloat16, which is what a TPU multiplies. What
+  the model axis exchanges comes on top.
 
   Args:
-    config: names the type.
     stored: bytes of the parameters that a device keeps, in float32.
     mesh: size of each axis.
     program: only training has gradients.
   """
   fsdp, copies = mesh["fsdp"], mesh["data"] * mesh["fsdp"]
-  narrower = jnp.dtype(config.model.overrides.get("dtype", "float32")).itemsize / 4
-  least = {"parameters": stored * (fsdp - 1) * narrower}
+  least = {"parameters": stored / 2 * (fsdp - 1)}
   if program == "train":
     least["gradients"] = stored * fsdp * (copies - 1) / copies + stored * (mesh["data"] - 1) / mesh["data"]
   return least
@@ -235,12 +213,12 @@ def _dearest(
   for instruction, times in executed:
     work = _cycles(hlo, instruction, kind) * times, hlo.memory_bytes(instruction) * times
     for table, where in zip(sums.values(), hlo.place(instruction), strict=True):
-      row = table.setdefault((where, hlo.backward(instruction)), [0, 0])
+      row = table.setdefault((where, hlo.direction(instruction)), [0, 0])
       row[0], row[1] = row[0] + work[0], row[1] + work[1]
   return {
     name: [
-      {"where": where, "pass": "backward" if backward else "forward", "cycles": cycles, "memory_bytes": moved}
-      for (where, backward), (cycles, moved) in sorted(table.items(), key=lambda item: item[1], reverse=True)[:DEAREST]
+      {"where": where, "pass": direction, "cycles": cycles, "memory_bytes": moved}
+      for (where, direction), (cycles, moved) in sorted(table.items(), key=lambda item: item[1], reverse=True)[:DEAREST]
     ]
     for name, table in sums.items()
   }

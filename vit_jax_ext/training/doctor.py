@@ -6,41 +6,53 @@ import tempfile
 
 import jax
 import ml_collections
-import psutil
 
 from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import Dataset, open_dataset
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models.functional import split_model
+from vit_jax_ext.plan.compile import DoesNotFitError, compile_program
+from vit_jax_ext.plan.kinds import Target
+from vit_jax_ext.plan.memory import needs
 from vit_jax_ext.pretrained import load_pretrained
 from vit_jax_ext.training import accelerators
 from vit_jax_ext.training.experiment import Experiment
-from vit_jax_ext.training.sharding import axis_sizes, bytes_per_device
+from vit_jax_ext.training.sharding import axis_sizes, bytes_per_device, limit_at_hand
 from vit_jax_ext.training.train_step import activation_bytes
 from vit_jax_ext.workdir import checkpoint
 from vit_jax_ext.workdir.config import check_workdir
 
 
-def examine(config: ml_collections.ConfigDict, workdir: str) -> Iterator[tuple[str, bool, str]]:
+def examine(
+  config: ml_collections.ConfigDict, workdir: str, target: Target | None = None
+) -> Iterator[tuple[str, bool, str]]:
   """Yields (name, whether it is well, finding) for devices, dataset, model and mesh, memory, weights and workdir.
 
-  Nothing is trained, compiled or written.
+  Nothing is trained or written.
+
+  Args:
+    config, workdir: of the run.
+    target: devices that it is for; the step is compiled for them. By default those at hand, and nothing is compiled.
   """
-  for name, check in _checks(config, workdir):
+  for name, check in _checks(config, workdir, target):
     try:
       yield name, True, check()
     except UserError as error:
       yield name, False, str(error)
 
 
-def _checks(config: ml_collections.ConfigDict, workdir: str) -> Iterator[tuple[str, Callable[[], str]]]:
+def _checks(
+  config: ml_collections.ConfigDict, workdir: str, target: Target | None
+) -> Iterator[tuple[str, Callable[[], str]]]:
   """Yields (name, function that returns a finding or raises UserError), without what needs one that failed."""
   found = {}
 
   def devices():
     if remark := accelerators.unused():
       raise UserError(remark)
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} host(s)"
+    devices = target.devices if target else jax.devices()
+    hosts = len({device.process_index for device in devices})
+    return f"{len(devices)} x {devices[0].device_kind}, {hosts} host(s)"
 
   def dataset():
     found["dataset"] = open_dataset(config.dataset.name, config.dataset.data_dir)
@@ -49,7 +61,9 @@ def _checks(config: ml_collections.ConfigDict, workdir: str) -> Iterator[tuple[s
   def experiment():
     dataset = found["dataset"]
     examples = dataset.num_examples(config.dataset.train_split)
-    found["experiment"] = Experiment(config, len(dataset.class_names), examples)
+    found["experiment"] = Experiment(
+      config, len(dataset.class_names), examples, devices=target.devices if target else None
+    )
     mesh = found["experiment"].mesh
     return (
       f"{config.model.name} on mesh {', '.join(f'{axis}={size}' for axis, size in axis_sizes(mesh).items())}; "
@@ -61,7 +75,7 @@ def _checks(config: ml_collections.ConfigDict, workdir: str) -> Iterator[tuple[s
   if "dataset" in found:
     yield "model", experiment
   if "experiment" in found:
-    yield "memory", lambda: _check_memory(config, found["experiment"])
+    yield "memory", lambda: _check_memory(config, found["experiment"], target)
     if config.pretrained:
       yield "pretrained", lambda: str(load_pretrained(found["experiment"].model, config.pretrained))
   yield "workdir", lambda: _check_workdir(config, workdir, found.get("experiment"))
@@ -75,11 +89,10 @@ def _check_dataset(config: ml_collections.ConfigDict, dataset: Dataset) -> str:
   return f"{dataset.name}: {len(dataset.class_names)} classes; {listed}"
 
 
-def _check_memory(config: ml_collections.ConfigDict, experiment: Experiment) -> str:
-  device = jax.local_devices()[0]
-  limit = (device.memory_stats() or {}).get("bytes_limit")
-  if limit is None:  # devices that are parts of the host share its memory
-    limit = psutil.virtual_memory().available // jax.local_device_count()
+def _check_memory(config: ml_collections.ConfigDict, experiment: Experiment, target: Target | None) -> str:
+  if target:
+    return _check_compiled_memory(config, experiment, target)
+  limit = limit_at_hand()
   state = jax.eval_shape(experiment.init)
   size = bytes_per_device(state, experiment.places)
   gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
@@ -96,6 +109,21 @@ def _check_memory(config: ml_collections.ConfigDict, experiment: Experiment) -> 
   if needed > limit:
     raise UserError(f"{finding}; set --config.optimizer.accumulation_steps, --config.model.overrides.remat=True or a "
                     "smaller --config.batch_size")  # fmt: skip
+  return finding
+
+
+def _check_compiled_memory(config: ml_collections.ConfigDict, experiment: Experiment, target: Target) -> str:
+  try:
+    found = needs(compile_program(config, experiment), target)
+  except DoesNotFitError as error:
+    found = {"total": error.needed, "limit": error.limit}
+  parts = ", ".join(
+    f"{name} {size / 2**30:.2f}" for name, size in found.items() if size and name not in ("total", "limit")
+  )
+  limit = f" of {found['limit'] / 2**30:.2f}" if found["limit"] else ""
+  finding = f"{found['total'] / 2**30:.2f} GiB{limit} on each device of {target.name}{': ' if parts else ''}{parts}"
+  if found["limit"] and found["total"] > found["limit"]:
+    raise UserError(f"{finding}; python main.py plan with the same flags says what would make it fit")
   return finding
 
 

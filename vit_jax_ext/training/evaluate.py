@@ -41,7 +41,7 @@ def evaluate(
 
 
 def jit_eval_step(variant: registry.Variant, model: nnx.Module, layout: Layout) -> Callable[[Any, Any, Batch], Metrics]:
-  """Returns `make_eval_step` of an abstract model over the mesh of its layout, to be compiled when it is first called."""
+  """Returns `make_eval_step` of an abstract model over the mesh of its layout, compiled when first called."""
   eval_step = make_eval_step(split_model(model)[0], mean=variant.mean, std=variant.std)
   return jax.jit(
     lambda params, stats, batch: eval_step(layout.gather(params), stats, batch),

@@ -8,6 +8,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+import psutil
 
 from vit_jax_ext.errors import UserError
 
@@ -73,6 +74,12 @@ def bytes_per_device(tree: Any, shardings: Any) -> int:
   """Returns what each device holds of arrays or ShapeDtypeStructs with these shardings."""
   sizes = jax.tree.map(lambda x, place: math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings)
   return sum(jax.tree.leaves(sizes))
+
+
+def limit_at_hand() -> int:
+  """Returns the bytes that each of this machine's devices has; those that are parts of the host share its memory."""
+  limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+  return limit or psutil.virtual_memory().available // jax.local_device_count()
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
