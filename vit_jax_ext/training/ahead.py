@@ -1,9 +1,9 @@
 """The programs that a training starts with, compiled ahead: their file, and whether it fits the training at hand.
 
 `jax.experimental.serialize_executable` pickles what JAX knows of a program beside it. Here the training lowers its own
-programs, in seconds, and these have to be those of the file, which so holds nothing that is unpickled: a digest, a line
-of JSON, and the programs as XLA serialises them. They are machine code, though. A file runs as whoever loads it, so it
-has to be one's own.
+programs, as any training does, and these have to be those of the file. So that holds nothing that is unpickled: a
+digest, a line of JSON, and the programs as XLA serialises them. They are machine code, though, and run as whoever loads
+them: a file has to be one's own.
 """
 
 from collections.abc import Callable, Iterator
