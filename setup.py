@@ -1,9 +1,12 @@
-"""Packaging: `pip install -e .` for use, `.[test]` for the tests, `.[torch]` to read PyTorch files."""
+"""Packaging: `pip install -e .` for use, `.[tpu]` or `.[cuda]` on such a machine, `.[test]` for the tests, `.[torch]`
+to read PyTorch files.
+"""
 
 from setuptools import find_packages, setup
 
 # Lower bounds are the versions that the tests ran with.
 TORCH = "torch>=2.13.0,<2.14"
+JAX = ">=0.10.2,<0.11"
 
 setup(
   name="vit_jax_ext",
@@ -18,7 +21,7 @@ setup(
     "etils[epath]>=1.15,<2",
     "flax>=0.12.8,<0.13",
     "importlib_resources>=7.1",  # tensorflow-datasets imports it without saying so
-    "jax>=0.10.2,<0.11",
+    f"jax{JAX}",
     "jinja2>=3.1.6,<4",
     "matplotlib>=3.11,<4",
     "ml-collections>=1.1,<2",
@@ -37,7 +40,9 @@ setup(
     "tensorflow-datasets>=4.9.10,<5",
   ],
   extras_require={
+    "cuda": [f"jax[cuda12]{JAX}"],
     "torch": [TORCH],
+    "tpu": [f"jax[tpu]{JAX}"],
     "test": [
       "hypothesis>=6.170,<7",
       'libtpu>=0.0.42.1,<0.0.43; platform_system == "Linux" and platform_machine == "x86_64"',  # compiles without a TPU

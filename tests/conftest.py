@@ -56,6 +56,20 @@ def x64():
     yield
 
 
+@pytest.fixture
+def compiled():
+  """Returns a list that gets the name of each program that the compiler, or its cache on disk, is asked for."""
+  names = []
+
+  def listener(event, _, fun_name=None, **kw):
+    if event == "/jax/core/compile/backend_compile_duration":
+      names.append(fun_name)
+
+  jax.monitoring.register_event_duration_secs_listener(listener)
+  yield names
+  jax.monitoring.unregister_event_duration_listener(listener)
+
+
 @pytest.fixture(scope="session")
 def golden():
   """Returns a function: name -> (state dict, images (2, H, W, 3) float64, logits (2, 1000)) of the authors' model."""

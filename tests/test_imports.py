@@ -23,9 +23,9 @@ plan
 attention.similarity  attention.figures  compare.report  compare.benchmark
 compare.charts  compare.results  compare.runs  compare.cost
 training.train  training.predict  export
-training.evaluate
+training.evaluate  training.ahead
 training.experiment
-training.train_step  training.mixup  training.faults  training.partition  training.distributed
+training.train_step  training.mixup  training.faults  training.partition  training.distributed  training.accelerators
 training.losses  training.sharding
 training.optimizer
 pretrained

@@ -17,9 +17,10 @@ def examined(config, workdir):
 def test_a_good_set_up(tiny_config, tmp_path):
   found, wrong = examined(tiny_config, tmp_path / "new")
   assert not wrong
-  assert list(found) == ["dataset", "model", "memory", "workdir"]
+  assert list(found) == ["devices", "dataset", "model", "memory", "workdir"]
+  assert found["devices"] == "8 x cpu, 1 host(s)"
   assert "10 classes; train 1,437, test 360" in found["dataset"]
-  assert "8 x cpu" in found["model"] and "6 steps of 64 images" in found["model"]
+  assert "data=8" in found["model"] and "6 steps of 64 images" in found["model"]
   assert not (tmp_path / "new").exists()
 
 
@@ -69,11 +70,11 @@ def test_what_a_user_sees(tiny_config, tmp_path, run, data_dir):
   status, out, err = run("doctor", *place)
   assert (status, err) == (0, "")
   assert [line.split()[:2] for line in out.splitlines()] == [
-    ["ok", name] for name in ("dataset", "model", "memory", "workdir")
+    ["ok", name] for name in ("devices", "dataset", "model", "memory", "workdir")
   ]
   status, out, err = run("doctor", "--config.mesh.data=3", *place)
   assert (status, err.count("\n")) == (2, 1) and "1 thing(s) would stop this run" in err
-  assert [line.split()[0] for line in out.splitlines()] == ["ok", "WRONG", "ok"]
+  assert [line.split()[0] for line in out.splitlines()] == ["ok", "ok", "WRONG", "ok"]
 
 
 def test_memory_of_devices_that_are_not_there(tiny_config, tmp_path, run, data_dir):

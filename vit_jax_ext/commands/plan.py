@@ -6,12 +6,14 @@ here what this machine has.
 """
 
 import argparse
+from collections.abc import Iterator
+import contextlib
 import shlex
 import sys
 from typing import Any
 
 from vit_jax_ext import commands
-from vit_jax_ext.errors import RunError
+from vit_jax_ext.errors import RunError, UserError
 
 GIB = 2**30
 
@@ -26,33 +28,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--examples", metavar="N", type=int, default=1_281_167, help="of the training split (default: ImageNet's 1,281,167)"
   )
+  parser.add_argument("--measure", action="store_true", help="run it on synthetic images, on --devices=here or cpu:N")
+  parser.add_argument("--save", metavar="FILE", help="write the compiled training step, for train --compiled=FILE")
 
 
 def run(args: argparse.Namespace) -> None:
   """Prints what the program needs, and writes plan.json.
 
   Raises:
-    RunError: the compiler crashes.
+    RunError: the compiler crashes, or the program fails on the devices at hand.
   """
+  if args.measure and args.devices.partition(":")[0] not in ("here", "cpu"):
+    raise UserError(f"--measure runs the program, and {args.devices} is not at hand; give --devices=here or cpu:N")
+  if args.save and args.program != "train":
+    raise UserError(f"--save writes the training step, not --program={args.program}; leave one of them out")
   from vit_jax_ext import config as configs
   from vit_jax_ext.files import write_json
-  from vit_jax_ext.plan import kinds, report
+  from vit_jax_ext.plan import kinds, report, timing
+  from vit_jax_ext.training import ahead
+  from vit_jax_ext.training.experiment import Experiment
 
   config = configs.load_config(args.config or configs.DEFAULT)
   configs.override(config, args.overrides)
   target = kinds.open_target(args.devices, args.slices)
+  facts = args.num_classes, args.examples
+  experiment = Experiment(config, *facts, devices=target.devices)
+  # The compiler itself is wanted: its time is told, and what it makes is saved.
+  with _failure_told("XLA's compiler fails"), ahead.without_cache():
+    plan = report.plan(config, target, *facts, args.program, experiment)
+  print_plan(plan)
+  written = [write_json(args.output, "plan.json", plan)] if args.output else []
+  if (args.save or args.measure) and not plan["fits"]:
+    print("neither saved nor measured, for it does not fit")
+  if args.save and plan["fits"]:
+    with _failure_told("XLA's compiler fails"):
+      ahead.save(args.save, experiment, config, *facts)
+    written.append(args.save)
+  if args.measure and plan["fits"]:
+    with _failure_told("the program fails on these devices"):
+      plan["measured"] = timing.time_program(config, experiment, args.program, args.output)
+    _print_measured(plan)
+    if args.output:
+      write_json(args.output, "plan.json", plan)
+      written.append(f"a trace; look at it with xprof {args.output} or tensorboard --logdir={args.output}")
+  commands.print_written(*written)
+
+
+@contextlib.contextmanager
+def _failure_told(what: str) -> Iterator[None]:
   import jax
 
   try:
-    plan = report.plan(config, target, args.num_classes, args.examples, args.program)
+    yield
   except jax.errors.JaxRuntimeError as error:
     first = str(error).strip().splitlines()[0]
-    raise RunError(
-      f"XLA's compiler fails: {first}; reproduce it with python main.py {shlex.join(sys.argv[1:])}"
-    ) from None
-  print_plan(plan)
-  if args.output:
-    commands.print_written(write_json(args.output, "plan.json", plan))
+    raise RunError(f"{what}: {first}; reproduce it with python main.py {shlex.join(sys.argv[1:])}") from None
 
 
 def print_plan(plan: dict[str, Any]) -> None:
@@ -128,3 +158,16 @@ def _print_collectives(rows: list[dict[str, Any]], least: dict[str, float]) -> N
   sent = sum(row["sent_near"] + row["sent_far"] for row in rows)
   print(f"  in all {sent / 1e6:,.3f} MB; at least " +
         ", ".join(f"{size / 1e6:,.3f} MB for {name}" for name, size in least.items()))  # fmt: skip
+
+
+def _print_measured(plan: dict[str, Any]) -> None:
+  measured, memory = plan["measured"], plan["memory"]
+  print(f"measured step: {measured['step'] * 1e3:,.2f} ms, the median of {measured['steps']} from "
+        f"{measured['fastest'] * 1e3:,.2f} to {measured['slowest'] * 1e3:,.2f}; "
+        f"{measured['images_per_second'] / plan['chips']:,.0f} images/s a chip, "
+        f"{measured['images_per_second']:,.0f} in all")  # fmt: skip
+  if plan["time"]:
+    estimated = plan["time"]["step"]
+    print(f"  {estimated / measured['step']:.0%} of it was estimated, {estimated * 1e3:,.2f} ms")
+  if measured["peak_memory"]:
+    print(f"  {measured['peak_memory'] / GIB:.2f} GiB on a device at the most, {memory['total'] / GIB:.2f} planned")

@@ -1,6 +1,7 @@
 """Train a model, or continue where an earlier run in the workdir stopped."""
 
 import argparse
+import sys
 
 from vit_jax_ext import commands
 
@@ -9,6 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's flags."""
   commands.add_workdir(parser)
   commands.add_config(parser)
+  parser.add_argument("--compiled", metavar="FILE", help="start with the programs of plan --save where they fit")
   commands.add_processes(parser)
 
 
@@ -16,6 +18,10 @@ def run(args: argparse.Namespace) -> None:
   """Trains."""
   with commands.resumable():
     commands.join_processes(args)
+    from vit_jax_ext.training.accelerators import unused
+
+    if remark := unused():
+      print(f"warning: {remark}", file=sys.stderr)
     from vit_jax_ext.training.train import train
 
-    train(*commands.new_experiment(args))
+    train(*commands.new_experiment(args), compiled=args.compiled)

@@ -58,7 +58,7 @@ def compile_program(config: ml_collections.ConfigDict, experiment: Experiment, p
     jax.errors.JaxRuntimeError: the compiler fails otherwise.
   """
   start = time.monotonic()
-  function, arguments, held = _program(config, experiment, program)
+  function, arguments, held = find_program(config, experiment, program)
   try:
     compiled = function.lower(*arguments).compile()
   except jax.errors.JaxRuntimeError as error:
@@ -69,7 +69,7 @@ def compile_program(config: ml_collections.ConfigDict, experiment: Experiment, p
   return Compilation(compiled, held, time.monotonic() - start, peak)
 
 
-def _program(config: ml_collections.ConfigDict, experiment: Experiment, program: str) -> tuple[Any, tuple, dict]:
+def find_program(config: ml_collections.ConfigDict, experiment: Experiment, program: str) -> tuple[Any, tuple, dict]:
   """Returns a jitted function, its abstract arguments, and the bytes of their parts on each device."""
   state, places = jax.eval_shape(experiment.init), experiment.places
   images = jax.ShapeDtypeStruct((config.batch_size, *experiment.model.image_size, 3), jnp.uint8)

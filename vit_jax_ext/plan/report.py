@@ -20,7 +20,12 @@ DEAREST = 10
 
 
 def plan(
-  config: ml_collections.ConfigDict, target: Target, num_classes: int, examples: int, program: str = "train"
+  config: ml_collections.ConfigDict,
+  target: Target,
+  num_classes: int,
+  examples: int,
+  program: str = "train",
+  experiment: Experiment | None = None,
 ) -> dict[str, Any]:
   """Returns what a program of an experiment needs on the devices of `target`. Nothing is computed.
 
@@ -29,6 +34,7 @@ def plan(
     target: devices to compile for.
     num_classes, examples: of the dataset, which need not be there.
     program: train, evaluate or predict.
+    experiment: of these, which then knows the compiled program.
 
   Returns:
     The contents of plan.json, see docs/plan.md: seconds, bytes on each device, FLOPs and cycles of one.
@@ -37,7 +43,7 @@ def plan(
     UserError: config and devices do not fit together.
     jax.errors.JaxRuntimeError: the compiler fails, other than for want of memory.
   """
-  experiment = Experiment(config, num_classes, examples, devices=target.devices)
+  experiment = experiment or Experiment(config, num_classes, examples, devices=target.devices)
   about = {
     "model": config.model.name,
     "program": program,

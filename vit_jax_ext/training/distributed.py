@@ -9,6 +9,7 @@ from absl import logging
 import jax
 from jax._src import clusters  # what jax.distributed.initialize asks; it has no public name
 from jax.experimental import multihost_utils
+import numpy as np
 
 from vit_jax_ext.errors import RunError, UserError
 
@@ -128,6 +129,11 @@ def _report_to(address: tuple[str, int], report: str, wait: float) -> str:
     if time.monotonic() >= deadline:
       return f"process 0 did not come within {wait:g} s: no answer at {address[0]}:{address[1]}"
     time.sleep(0.2)
+
+
+def all_agree(yes: bool) -> bool:
+  """Returns whether all processes say yes."""
+  return bool(np.all(multihost_utils.process_allgather(np.array(yes))))
 
 
 @contextlib.contextmanager

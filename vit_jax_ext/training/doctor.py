@@ -15,6 +15,7 @@ from vit_jax_ext.plan.compile import DoesNotFitError, compile_program
 from vit_jax_ext.plan.kinds import Target
 from vit_jax_ext.plan.memory import needs
 from vit_jax_ext.pretrained import load_pretrained
+from vit_jax_ext.training import accelerators
 from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.sharding import axis_sizes, bytes_per_device, limit_at_hand
 from vit_jax_ext.training.train_step import activation_bytes
@@ -25,7 +26,7 @@ from vit_jax_ext.workdir.config import check_workdir
 def examine(
   config: ml_collections.ConfigDict, workdir: str, target: Target | None = None
 ) -> Iterator[tuple[str, bool, str]]:
-  """Yields (name, whether it is well, finding) for dataset, model and mesh, memory, pretrained weights and workdir.
+  """Yields (name, whether it is well, finding) for devices, dataset, model and mesh, memory, weights and workdir.
 
   Nothing is trained or written.
 
@@ -46,6 +47,13 @@ def _checks(
   """Yields (name, function that returns a finding or raises UserError), without what needs one that failed."""
   found = {}
 
+  def devices():
+    if remark := accelerators.unused():
+      raise UserError(remark)
+    devices = target.devices if target else jax.devices()
+    hosts = len({device.process_index for device in devices})
+    return f"{len(devices)} x {devices[0].device_kind}, {hosts} host(s)"
+
   def dataset():
     found["dataset"] = open_dataset(config.dataset.name, config.dataset.data_dir)
     return _check_dataset(config, found["dataset"])
@@ -57,13 +65,12 @@ def _checks(
       config, len(dataset.class_names), examples, devices=target.devices if target else None
     )
     mesh = found["experiment"].mesh
-    hosts = len({device.process_index for device in mesh.devices.flat})
     return (
-      f"{config.model.name} on {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh "
-      f"{', '.join(f'{axis}={size}' for axis, size in axis_sizes(mesh).items())}, {hosts} host(s); "
+      f"{config.model.name} on mesh {', '.join(f'{axis}={size}' for axis, size in axis_sizes(mesh).items())}; "
       f"{found['experiment'].total_steps:,} steps of {config.batch_size} images"
     )
 
+  yield "devices", devices
   yield "dataset", dataset
   if "dataset" in found:
     yield "model", experiment

@@ -17,7 +17,7 @@ from vit_jax_ext.data.datasets import open_dataset
 from vit_jax_ext.errors import Preempted
 from vit_jax_ext.models.functional import split_model
 from vit_jax_ext.pretrained import load_pretrained
-from vit_jax_ext.training import distributed, faults
+from vit_jax_ext.training import ahead, distributed, faults
 from vit_jax_ext.training.evaluate import SplitEvaluator
 from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.train_step import TrainState
@@ -36,7 +36,10 @@ def _load_pretrained(state: TrainState, graphdef: nnx.GraphDef, source: str | bo
 
 
 def train(
-  config: ml_collections.ConfigDict, workdir: str, new_progress: Callable[[int, int], Progress] = Progress
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  new_progress: Callable[[int, int], Progress] = Progress,
+  compiled: str | None = None,
 ) -> dict[str, float]:
   """Trains to the last step, from the newest checkpoint in `workdir` if there is one.
 
@@ -44,6 +47,7 @@ def train(
     config: see configs/common.py.
     workdir: gets config.json, checkpoints/, metrics.jsonl and TensorBoard files.
     new_progress: called with the step from which the training goes on and the last one; by default a bar of its own.
+    compiled: a file of programs that are taken where they fit, see `ahead.py`.
 
   Returns:
     The metrics of the last evaluation.
@@ -58,13 +62,17 @@ def train(
   with distributed.first_process_first("dataset"):
     dataset = open_dataset(data.name, data.data_dir)
   dataset.num_examples(data.eval_split)
-  experiment = Experiment(config, len(dataset.class_names), dataset.num_examples(data.train_split))
+  facts = len(dataset.class_names), dataset.num_examples(data.train_split)
+  experiment = Experiment(config, *facts)
   model, total_steps = experiment.model, experiment.total_steps
+  init, train_step = experiment.init, experiment.train_step
+  if compiled:
+    init, train_step = ahead.load(compiled, experiment, config, *facts)
 
   # The state: newest checkpoint, pretrained weights, or fresh. It is created where it will lie.
   first_step, damaged = checkpoint.inspect(workdir)
   if not first_step:  # before the workdir is claimed, for the weights may not fit
-    state = experiment.init()
+    state = init()
     if config.pretrained:
       state = _load_pretrained(state, split_model(model)[0], config.pretrained)
   with distributed.first_process_first("workdir"):
@@ -132,7 +140,7 @@ def train(
         checkpoint.add_metrics(checkpoints, first_step, results)
       for step, batch in enumerate(batches, first_step + 1):
         preemption.check()
-        state, measured = experiment.train_step(state, batch)
+        state, measured = train_step(state, batch)
         finite.add(step, measured)
         progress.step(step)
         if step == first_step + 1:
