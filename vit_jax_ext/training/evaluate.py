@@ -58,7 +58,7 @@ class SplitEvaluator:
     self.layout, self._by_batch = Layout(model, mesh), sharding.batch_sharding(mesh)
     eval_step = make_eval_step(split_model(model)[0], mean=variant.mean, std=variant.std)
     self._step = jax.jit(
-      lambda params, stats, batch: eval_step(self.layout.gather(params), stats, batch),
+      sharding.traced_on(mesh, lambda params, stats, batch: eval_step(self.layout.gather(params), stats, batch)),
       in_shardings=(self.layout.weights["params"], self.layout.weights["stats"], self._by_batch),
       out_shardings=sharding.replicated(mesh),
     )
