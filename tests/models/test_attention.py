@@ -116,7 +116,8 @@ def test_a_model_is_the_same_with_kernels(name, overrides, on_tpu):
   images, found = draw((2, overrides["image_size"], overrides["image_size"], 3))[0], {}
   for implementation in ("auto", "reference"):
     model = vx.create_model(name, rngs=nnx.Rngs(0), num_classes=5, attention=implementation, **overrides)
-    graphdef, *state = nnx.split(model, nnx.Param, ...)
+    graphdef, *state = nnx.split(model, nnx.Param, nnx.BatchStat)
+    state = [nnx.to_pure_dict(part) for part in state]
 
     @jax.jit
     def step(params, stats, graphdef=graphdef):
