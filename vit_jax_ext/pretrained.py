@@ -302,7 +302,7 @@ def _buffers(model: nnx.Module) -> dict[str, np.ndarray]:
     if isinstance(module, swin.WindowAttention):
       buffers[f"{name}.relative_position_index"] = swin.relative_position_index(module.window).astype(np.int64)
       if any(module.shift):
-        seam = swin.seam_mask(module.grid, module.window, module.shift)[:, 0]
+        seam = swin.seam_mask(module.grid, module.window, module.shift)
         buffers[f"{name.rpartition('.')[0]}.attn_mask"] = np.where(seam == 0, 0, -100).astype(np.float32)
     elif isinstance(module, nnx.BatchNorm):
       buffers[f"{name}.num_batches_tracked"] = np.zeros((), np.int64)

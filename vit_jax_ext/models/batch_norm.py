@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.models.layers import widest
+from vit_jax_ext.models.attention import widest
 
 DECAY = 0.9  # of the running averages: torch's momentum of 0.1
 
@@ -43,17 +43,27 @@ class BatchNorm(nnx.BatchNorm):
       mean, var = (stat[...].reshape(shape) for stat in (self.mean, self.var))
       return (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
 
-    if self.statistics_batch and len(x) % self.statistics_batch:
-      raise UserError(
-        f"statistics_batch {self.statistics_batch} does not divide the {len(x)} images of a batch; choose a divisor"
-      )
-    groups = x.reshape(-1, self.statistics_batch or len(x), *x.shape[1:])
+    groups = x.reshape(-1, self.group_size(len(x)), *x.shape[1:])
     axes = [axis for axis in range(1, groups.ndim) if axis != 1 + self.axis % x.ndim]
     mean = groups.mean(axes, keepdims=True)
     var = jnp.square(groups - mean).mean(axes, keepdims=True)
-    number = groups[0].size // self.num_features
-    for average, value in ((self.mean, mean[0]), (self.var, var[0] * (number / (number - 1)))):
-      value = jax.lax.stop_gradient(value.reshape(-1))
-      average[...] = self.momentum * average[...] + (1 - self.momentum) * value
+    self.update(mean[0].reshape(-1), var[0].reshape(-1), groups[0].size // self.num_features)
     y = (groups - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale)
     return y.reshape(x.shape) + bias
+
+  def group_size(self, images: int) -> int:
+    """Returns of how many images together statistics are taken.
+
+    Raises:
+      UserError: it does not divide the batch.
+    """
+    if self.statistics_batch and images % self.statistics_batch:
+      raise UserError(
+        f"statistics_batch {self.statistics_batch} does not divide the {images} images of a batch; choose a divisor"
+      )
+    return self.statistics_batch or images
+
+  def update(self, mean: jax.Array, var: jax.Array, number: int) -> None:
+    """Moves the running averages towards mean and variance (num_features,) of `number` values each."""
+    for average, value in ((self.mean, mean), (self.var, var * (number / (number - 1)))):
+      average[...] = self.momentum * average[...] + (1 - self.momentum) * jax.lax.stop_gradient(value)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers
+from vit_jax_ext.models.attention import split_heads, widest
 from vit_jax_ext.models.cswin import CSWin, CSWinBlock
 from vit_jax_ext.models.layers import Linear, drop
 from vit_jax_ext.models.pyramid import Grid, LayerNorm
@@ -74,7 +75,7 @@ def balanced_clusters(features: jax.Array, levels: int, iterations: int = 2) -> 
     clusters: (..., tokens) int, the cluster of each token, all of the same size.
   """
   *batch, tokens, dim = features.shape
-  x = jax.lax.stop_gradient(features).astype(layers.widest(features.dtype))
+  x = jax.lax.stop_gradient(features).astype(widest(features.dtype))
   order = jnp.broadcast_to(jnp.arange(tokens), (*batch, tokens))
   for level in range(levels):
     x = x.reshape(*batch, 2**level, -1, dim)
@@ -98,7 +99,7 @@ def kmeans_clusters(features: jax.Array, num_clusters: int, iterations: int = 2)
   centroid of largest cosine and takes the clusters' means, scaled to length 1. Shapes as in `balanced_clusters`.
   """
   *batch, _, dim = features.shape
-  x = jax.lax.stop_gradient(features).astype(layers.widest(features.dtype))
+  x = jax.lax.stop_gradient(features).astype(widest(features.dtype))
   centroids = _normalise(x.reshape(*batch, num_clusters, -1, dim).mean(axis=-2))
   for _ in range(iterations):
     nearest = _einsum("...nd,...kd->...nk", x, centroids).argmax(axis=-1)
@@ -161,7 +162,7 @@ class FeatureAttention(nnx.Module):
   ):
     self.num_heads, self.grid, self.scale, self.options = num_heads, grid, scale, options
     self.levels = cluster_levels(math.prod(grid), options.cluster_size)
-    self.qkv = layers.PackedQKV(dim, num_heads, **kw)
+    self.qkv = layers.PackedQKV(dim, **kw)
     self.proj = Linear(dim, dim, **kw)
     self.get_v = layers.DepthwiseConv(dim, **kw)
     self.attn_drop = nnx.Dropout(attn_drop_rate)
@@ -169,7 +170,7 @@ class FeatureAttention(nnx.Module):
 
   def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, rngs: nnx.Rngs | None, mask: jax.Array | None = None):
     """Attention over the last two axes (tokens, head_dim), to the keys where `mask` (..., queries, keys) is true."""
-    logits = jnp.einsum("...qd,...kd->...qk", q, k, preferred_element_type=layers.widest(q.dtype))
+    logits = jnp.einsum("...qd,...kd->...qk", q, k, preferred_element_type=widest(q.dtype))
     attn = jax.nn.softmax(logits * self.scale, axis=-1, where=mask)
     return jnp.einsum("...qk,...kd->...qd", drop(self.attn_drop, attn, rngs).astype(v.dtype), v)
 
@@ -192,12 +193,12 @@ class FeatureAttention(nnx.Module):
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, jax.Array]:
     """Returns the new tokens (B, N, C) and the cluster of each token for each head, (B, heads, N) int."""
     batch, tokens, dim = x.shape
-    qkv = self.qkv(x)
-    q, k, v = (qkv[:, :, i].swapaxes(1, 2) for i in range(3))
+    *_, values = projected = self.qkv(x)
+    q, k, v = (split_heads(y, self.num_heads).swapaxes(1, 2) for y in projected)
     attend = self.attend_balanced if self.options.clustering == "balanced" else self.attend_kmeans
     y, clusters = attend(q, k, v, rngs)
     y = y.swapaxes(1, 2).reshape(batch, tokens, dim)
-    y = y + self.get_v(qkv[:, :, 2].reshape(batch, *self.grid, dim)).reshape(y.shape)
+    y = y + self.get_v(values.reshape(batch, *self.grid, dim)).reshape(y.shape)
     return drop(self.proj_drop, self.proj(y), rngs), clusters
 
 

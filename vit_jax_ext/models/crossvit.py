@@ -54,28 +54,20 @@ class ConvPatchEmbed(nnx.Module):
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-class CrossAttention(nnx.Module):
+class CrossAttention(layers.MultiHeadAttention):
   """Attention of the first token, the only query, over all tokens: linear in their number (equation 4)."""
 
   def __init__(self, dim: int, num_heads: int, attn_drop_rate: float, proj_drop_rate: float, **kw):
-    self.num_heads = num_heads
-    self.scale = layers.head_dim(dim, num_heads) ** -0.5
+    super().__init__(dim, num_heads, attn_drop_rate, proj_drop_rate)
     self.wq = Linear(dim, dim, **kw)
     self.wk = Linear(dim, dim, **kw)
     self.wv = Linear(dim, dim, **kw)
     self.proj = Linear(dim, dim, **kw)
-    self.attn_drop = nnx.Dropout(attn_drop_rate)
-    self.proj_drop = nnx.Dropout(proj_drop_rate)
 
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, jax.Array]:
     """Returns the new first token (B, 1, C) and its attention (B, heads, 1, N)."""
-    q, k, v = (
-      linear(tokens).reshape(*tokens.shape[:2], self.num_heads, -1)
-      for linear, tokens in ((self.wq, x[:, :1]), (self.wk, x), (self.wv, x))
-    )
-    attn = layers.softmax_attention(q, k, self.scale)
-    x = self.proj(layers.attend(drop(self.attn_drop, attn, rngs), v))
-    return drop(self.proj_drop, x, rngs), attn
+    x, attn = self.attend(self.wq(x[:, :1]), self.wk(x), self.wv(x), rngs)
+    return drop(self.proj_drop, self.proj(x), rngs), attn
 
 
 class FusionBlock(nnx.Module):

@@ -8,6 +8,7 @@ Tokens are (B, N, C), row by row; `grid` is the (rows, columns) they lie on.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import functools
 
 from flax import nnx
 import jax
@@ -24,29 +25,26 @@ def flatten(x: jax.Array) -> jax.Array:
   return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-class StripeAttention(nnx.Module):
+class StripeAttention(layers.MultiHeadAttention):
   """Attention inside stripes of some of the heads, plus locally-enhanced positions (section 3.3).
 
   The position term `get_v` is a depthwise convolution of the values that sees one stripe at a time.
   """
 
   def __init__(self, dim: int, num_heads: int, grid: Grid, stripe: Grid, attn_drop_rate: float = 0.0, **kw):
+    super().__init__(dim, num_heads, attn_drop_rate, 0.0)
     self.grid, self.stripe = grid, stripe
-    self.num_heads = num_heads
-    self.scale = (dim // num_heads) ** -0.5
     self.get_v = layers.DepthwiseConv(dim, **kw)
-    self.attn_drop = nnx.Dropout(attn_drop_rate)
 
-  def __call__(self, qkv: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-    """Returns the new tokens (B, N, C) from queries, keys and values (B, N, 3, heads, head_dim)."""
-    batch, tokens, _, heads, width = qkv.shape
-    grids = (qkv[:, :, i].reshape(batch, *self.grid, heads * width) for i in range(3))
-    stripes = (layers.partition_windows(grid, self.stripe) for grid in grids)
-    q, k, v = (stripe.reshape(*stripe.shape[:3], heads, width) for stripe in stripes)
-    attn = layers.softmax_attention(q, k, self.scale)
-    x = layers.attend(drop(self.attn_drop, attn, rngs), v)
-    x = x + self.get_v(v.reshape(-1, *self.stripe, heads * width)).reshape(x.shape)
-    return layers.merge_windows(x, self.grid, self.stripe).reshape(batch, tokens, heads * width)
+  def __call__(
+    self, x: jax.Array, project: Callable[[jax.Array], list[jax.Array]], rngs: nnx.Rngs | None = None
+  ) -> jax.Array:
+    """Returns the new tokens (B, N, dim) from the block's (B, N, C), of which `project` makes q, k and v."""
+    batch, tokens, _ = x.shape
+    q, k, v = project(layers.partition_windows(x.reshape(batch, *self.grid, -1), self.stripe))
+    y, _ = self.attend(q, k, v, rngs)
+    y = y + self.get_v(v.reshape(-1, *self.stripe, v.shape[-1])).reshape(y.shape)
+    return layers.merge_windows(y, self.grid, self.stripe).reshape(batch, tokens, -1)
 
 
 class JoinShares(Linear):
@@ -87,7 +85,7 @@ class CSWinBlock(PyramidBlock):
     if num_heads % share:
       raise UserError(f"{num_heads} heads do not divide into {share} kinds of stripes; change num_heads")
     self.norm1 = LayerNorm(dim, **kw)
-    self.qkv = layers.PackedQKV(dim, share, num_heads // share, **kw)
+    self.qkv = layers.PackedQKV(dim, **kw)
     self.attns = nnx.List(
       StripeAttention(dim // share, num_heads // share, grid, stripe, attn_drop_rate, **kw) for stripe in stripes
     )
@@ -95,8 +93,9 @@ class CSWinBlock(PyramidBlock):
     super().__init__(dim, mlp_ratio, drop_rate, drop_path_rate, **kw)
 
   def attend(self, x: jax.Array, rngs: nnx.Rngs | None) -> tuple[jax.Array, Intermediates]:
-    qkv = self.qkv(self.norm1(x))
-    y = jnp.stack([attn(qkv[:, :, :, i], rngs) for i, attn in enumerate(self.attns)], axis=-2)
+    normed = self.norm1(x)
+    projections = (functools.partial(self.qkv, share=i, shares=len(self.attns)) for i in range(len(self.attns)))
+    y = jnp.stack([attn(normed, own, rngs) for attn, own in zip(self.attns, projections, strict=True)], axis=-2)
     return x + drop(self.drop_path, self.proj(y), rngs), {}
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers
+from vit_jax_ext.models.attention import map_covariance, reattend, softmax_attention, weigh, widest
 from vit_jax_ext.models.batch_norm import BatchNorm
 from vit_jax_ext.models.isotropic import IsotropicTransformer
 from vit_jax_ext.models.layers import Attention, Block, Conv, drop
@@ -84,16 +85,53 @@ class ReAttention(Attention):
 
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
     """Returns the new tokens (B, N, C) and the maps that multiply the values (B, heads, N, N)."""
-    qkv = self.qkv(x)
-    q, k, v = (qkv[:, :, i] for i in range(3))
-    attn = drop(self.attn_drop, layers.softmax_attention(q, k, self.scale), rngs)
+    q, k, v = self.qkv(x)
+    if isinstance(self.var_norm, layers.LayerNorm) or (rngs and self.attn_drop.rate):
+      y, attn = self._attend_by_maps(q, k, v, rngs, train)
+    else:
+      mixing, shift = self._mixing(q, k, train)
+      y, attn = reattend(
+        q, k, v, mixing, shift, num_heads=self.num_heads, scale=self.scale, implementation=self.implementation
+      )
+    return drop(self.proj_drop, self.proj(y), rngs), attn
+
+  def _mixing(self, q: jax.Array, k: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+    """Returns what convolution, BatchNorm and scale make of the maps, as factors of the centred ones and an addition.
+
+    A mixed map has the mean b + sum_h w_h / N over queries and keys, and the variance w^T C w with the covariance C of
+    the heads: no mixed map has to be there before it can be normalised. The bias b drops out.
+    """
+    dtype = widest(q.dtype)
+    kernel, bias = (param[...].astype(dtype) for param in (self.reatten_matrix.kernel, self.reatten_matrix.bias))
+    kernel, keys, norm = kernel[0, 0], k.shape[1], self.var_norm
+    mean = bias + kernel.sum(axis=0) / keys
+    if norm is None:
+      return self.reatten_scale * kernel[None], self.reatten_scale * mean[None]
+    var = norm.var[...][None]
+    if train:
+      images = norm.group_size(len(q))
+      covariance = map_covariance(
+        q, k, num_heads=self.num_heads, scale=self.scale, images=images, implementation=self.implementation
+      )
+      var = jnp.einsum("hf,ghi,if->gf", kernel, covariance, kernel, precision=jax.lax.Precision.HIGHEST)
+    factor = self.reatten_scale * norm.scale[...].astype(dtype) * jax.lax.rsqrt(var + norm.epsilon)
+    shift = jnp.broadcast_to(self.reatten_scale * norm.bias[...].astype(dtype), factor.shape)
+    if train:
+      norm.update(mean, var[0], images * q.shape[1] * keys)
+    else:
+      shift += factor * (mean - norm.mean[...])
+    return kernel * factor[:, None], shift
+
+  def _attend_by_maps(self, q, k, v, rngs, train) -> tuple[jax.Array, jax.Array]:
+    """Attends by whole maps: LayerNorm looks across the heads, and after dropout their rows do not sum to 1."""
+    attn = drop(self.attn_drop, softmax_attention(q, k, num_heads=self.num_heads, scale=self.scale), rngs)
     attn = self.reatten_matrix(attn)
     if isinstance(self.var_norm, BatchNorm):
       attn = self.var_norm(attn, train=train)
     elif self.var_norm is not None:
       attn = self.var_norm(attn)
-    attn = attn * self.reatten_scale
-    return drop(self.proj_drop, self.proj(layers.attend(attn, v)), rngs), attn
+    attn *= self.reatten_scale
+    return weigh(attn, v), attn
 
 
 class AdjustedBlock(Block):

@@ -21,17 +21,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax_ext.errors import UserError
+from vit_jax_ext.models.attention import attend, widest
 
 # timm's trunc_normal_(std=0.02) cuts at an absolute 2, a hundred standard deviations away: it is a plain normal.
 token_init = nnx.initializers.normal(0.02)
-gelu = functools.partial(jax.nn.gelu, approximate=False)
 # Stochastic depth (Huang et al. 2016): drops the residual branch of a whole sample, and scales the ones that stay.
 DropPath = functools.partial(nnx.Dropout, broadcast_dims=(1, 2))
 
 
-def widest(dtype: jnp.dtype) -> jnp.dtype:
-  """Returns float32, or what is wider."""
-  return jnp.promote_types(dtype, jnp.float32)
+def gelu(x: jax.Array) -> jax.Array:
+  """Returns x * (1 + erf(x / sqrt(2))) / 2, computed in at least float32; the dtype of x stays.
+
+  As torch writes it. `jax.nn.gelu` has erfc: on a TPU that takes 23% more of an MLP's cycles and keeps its result for
+  the backward pass, where this is computed again.
+  """
+  y = x.astype(widest(x.dtype))
+  return (y * (0.5 + 0.5 * jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -251,22 +256,6 @@ class Mlp(nnx.Module):
     return drop(self.drop, self.fc2(x), rngs)
 
 
-def softmax_attention(q: jax.Array, k: jax.Array, scale: float, bias: jax.Array | None = None) -> jax.Array:
-  """Returns softmax(scale * q k^T + bias), at least float32, (..., heads, queries, keys).
-
-  q and k are (..., tokens, heads, head_dim); bias broadcasts to the result.
-  """
-  dtype = widest(q.dtype)
-  logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=dtype) * scale
-  return jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
-
-
-def attend(attn: jax.Array, v: jax.Array) -> jax.Array:
-  """Returns the values (..., keys, heads, head_dim) mixed by `attn` (..., heads, queries, keys), (..., queries, C)."""
-  x = jnp.einsum("...hqk,...khd->...qhd", attn.astype(v.dtype), v)
-  return x.reshape(*x.shape[:-2], -1)
-
-
 def head_dim(dim: int, num_heads: int) -> int:
   """Returns the width of one head.
 
@@ -279,43 +268,56 @@ def head_dim(dim: int, num_heads: int) -> int:
 
 
 class PackedQKV(Linear):
-  """Projection to queries, keys and values: (..., C) to (..., 3, *heads, head_dim), packed in one kernel (C, 3 C).
+  """Projection to queries, keys and values, (..., C) to three of (..., C), packed in one kernel (C, 3 C).
 
-  The kernel is unpacked and not the result, so that the product can be split over devices by heads. Consecutive columns
-  of the packed kernel are no set of heads: split there, all activations would have to change places.
-
-  Args:
-    dim: C.
-    *heads: number of heads; or of groups of them, then of heads in a group.
+  The kernel is unpacked and not the result: that would have to be copied apart. And the columns of one of the three are
+  whole heads, one after another, so that the product can be split over devices by heads.
   """
 
-  def __init__(self, dim: int, *heads: int, **kw):
+  def __init__(self, dim: int, **kw):
     super().__init__(dim, 3 * dim, **kw)
-    self.shape = (3, *heads, dim // math.prod(heads))
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    kernel = self.kernel[...].astype(self.dtype).reshape(-1, *self.shape)
-    return add_bias(jnp.tensordot(x.astype(self.dtype), kernel, 1), self.bias[...].reshape(self.shape))
+  def __call__(self, x: jax.Array, share: int = 0, shares: int = 1) -> list[jax.Array]:
+    """Returns queries, keys and values; of one of `shares` equal sets of heads alone, (..., C / shares)."""
+    x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+    columns = np.arange(kernel.shape[-1]).reshape(3, shares, -1)[:, share]
+    return [add_bias(x @ kernel[:, own[0] : own[-1] + 1], self.bias[own[0] : own[-1] + 1]) for own in columns]
 
 
-class Attention(nnx.Module):
-  """Multi-head self-attention with packed qkv; packed as (3, heads, head_dim)."""
+class MultiHeadAttention(nnx.Module):
+  """What all kinds of attention have: heads, the scale of the logits, dropout of maps and of the result.
 
-  def __init__(self, dim: int, num_heads: int, attn_drop_rate: float = 0.0, proj_drop_rate: float = 0.0, **kw):
+  Attributes:
+    implementation: see `attention.attend`; set by `registry.create_model`.
+  """
+
+  def __init__(self, dim: int, num_heads: int, attn_drop_rate: float, proj_drop_rate: float):
     self.num_heads = num_heads
     self.scale = head_dim(dim, num_heads) ** -0.5
-    self.qkv = PackedQKV(dim, num_heads, **kw)
-    self.proj = Linear(dim, dim, **kw)
+    self.implementation = "auto"
     self.attn_drop = nnx.Dropout(attn_drop_rate)
     self.proj_drop = nnx.Dropout(proj_drop_rate)
 
+  def attend(self, q, k, v, rngs: nnx.Rngs | None, **kw) -> tuple[jax.Array, jax.Array]:
+    """Calls `attention.attend` with what the module knows; **kw: bias, mask."""
+    dropped = functools.partial(drop, self.attn_drop, rngs=rngs) if rngs and self.attn_drop.rate else None
+    return attend(
+      q, k, v, num_heads=self.num_heads, scale=self.scale, drop=dropped, implementation=self.implementation, **kw
+    )
+
+
+class Attention(MultiHeadAttention):
+  """Multi-head self-attention with packed qkv."""
+
+  def __init__(self, dim: int, num_heads: int, attn_drop_rate: float = 0.0, proj_drop_rate: float = 0.0, **kw):
+    super().__init__(dim, num_heads, attn_drop_rate, proj_drop_rate)
+    self.qkv = PackedQKV(dim, **kw)
+    self.proj = Linear(dim, dim, **kw)
+
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
     """Returns the new tokens (B, N, C) and the attention maps before dropout (B, heads, N, N)."""
-    qkv = self.qkv(x)
-    q, k, v = (qkv[:, :, i] for i in range(3))
-    attn = softmax_attention(q, k, self.scale)
-    x = self.proj(attend(drop(self.attn_drop, attn, rngs), v))
-    return drop(self.proj_drop, x, rngs), attn
+    x, attn = self.attend(*self.qkv(x), rngs)
+    return drop(self.proj_drop, self.proj(x), rngs), attn
 
 
 class Block(nnx.Module):

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax_ext.errors import UserError
+from vit_jax_ext.models.attention import IMPLEMENTATIONS
 from vit_jax_ext.models.boat import BoatCSWin, BoatSwin
 from vit_jax_ext.models.crossvit import CrossViT
 from vit_jax_ext.models.cswin import CSWin
 from vit_jax_ext.models.deepvit import DeepViT
+from vit_jax_ext.models.layers import MultiHeadAttention
 from vit_jax_ext.models.swin import Swin
 from vit_jax_ext.models.vit import VisionTransformer
 
@@ -269,6 +271,7 @@ def create_model(
   image_size: int | tuple[int, int] | None = None,
   dtype: Any = jnp.float32,
   param_dtype: Any = jnp.float32,
+  attention: str = "auto",
   **overrides,
 ) -> nnx.Module:
   """Creates a model by name.
@@ -280,6 +283,7 @@ def create_model(
     image_size: side or (height, width) in pixels; None for the variant's own.
     dtype: of the computation; softmax and statistics are at least float32.
     param_dtype: of the parameters.
+    attention: what computes it, one of `models.attention.IMPLEMENTATIONS`; auto: the fastest of the platform.
     **overrides: keyword arguments of the model's class, e.g. `drop_path_rate=0.1` or `embed_dim=(32, 64)`.
 
   Returns:
@@ -295,6 +299,8 @@ def create_model(
       raise UserError(f"{name} has no option {key!r}; it has {', '.join(sorted(known))}")
   if num_classes < 0:
     raise UserError(f"num_classes {num_classes} is negative; give 0 for pooled features or the number of classes")
+  if attention not in IMPLEMENTATIONS:
+    raise UserError(f"attention {attention!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
   size = variant.image_size if image_size is None else image_size
   keys = _ParamKeys(rngs)
   model = variant.model(
@@ -307,6 +313,9 @@ def create_model(
   )
   keys.advance_stream()
   model.variant = name
+  for _, module in nnx.iter_modules(model):
+    if isinstance(module, MultiHeadAttention):
+      module.implementation = attention
   return model
 
 

@@ -30,17 +30,17 @@ def relative_position_index(window: Grid) -> np.ndarray:
 
 @functools.cache
 def seam_mask(grid: Grid, window: Grid, shift: Grid) -> np.ndarray:
-  """Returns 0 for tokens that are neighbours in the image, -inf across the seam of a cyclic shift: (windows, 1, n, n).
+  """Returns 0 for tokens that are neighbours in the image, -inf across the seam of a cyclic shift: (windows, n, n).
 
   Only the last row and column of windows hold a seam (figure 4).
   """
   row, column = (np.arange(side) >= side - by for side, by in zip(grid, shift, strict=True))
   region = (2 * row[:, None] + column).reshape(1, *grid, 1)
   region = layers.partition_windows(region, window)[0, :, :, 0]
-  return np.where(region[:, None, :, None] == region[:, None, None, :], 0.0, -np.inf).astype(np.float32)
+  return np.where(region[:, :, None] == region[:, None, :], 0.0, -np.inf).astype(np.float32)
 
 
-class WindowAttention(nnx.Module):
+class WindowAttention(layers.MultiHeadAttention):
   """Multi-head attention inside windows, with a learned bias for each relative position (equation 4).
 
   Args:
@@ -60,24 +60,20 @@ class WindowAttention(nnx.Module):
     proj_drop_rate: float = 0.0,
     **kw,
   ):
+    super().__init__(dim, num_heads, attn_drop_rate, proj_drop_rate)
     self.grid, self.window, self.shift = grid, window, shift
-    self.num_heads = num_heads
-    self.scale = (dim // num_heads) ** -0.5
     table = layers.token_init(
       kw["rngs"].params(), ((2 * window[0] - 1) * (2 * window[1] - 1), num_heads), kw["param_dtype"]
     )
     self.relative_position_bias_table = nnx.Param(table)
-    self.qkv = layers.PackedQKV(dim, num_heads, **kw)
+    self.qkv = layers.PackedQKV(dim, **kw)
     self.proj = Linear(dim, dim, **kw)
-    self.attn_drop = nnx.Dropout(attn_drop_rate)
-    self.proj_drop = nnx.Dropout(proj_drop_rate)
 
   def attention_bias(self) -> jax.Array:
-    """Returns the position bias, and the seam mask where the windows are shifted: (windows or 1, heads, n, n)."""
+    """Returns the bias of each relative position, (heads, n, n), at least float32."""
     table = self.relative_position_bias_table[...]
     table = table.astype(layers.widest(table.dtype))
-    bias = table[relative_position_index(self.window)].transpose(2, 0, 1)[None]
-    return bias + seam_mask(self.grid, self.window, self.shift) if any(self.shift) else bias
+    return table[relative_position_index(self.window)].transpose(2, 0, 1)
 
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
     """Returns the new tokens (B, N, C)."""
@@ -85,11 +81,10 @@ class WindowAttention(nnx.Module):
     x = x.reshape(batch, *self.grid, dim)
     if any(self.shift):
       x = jnp.roll(x, (-self.shift[0], -self.shift[1]), (1, 2))
-    qkv = self.qkv(layers.partition_windows(x, self.window))
-    q, k, v = (qkv[:, :, :, i] for i in range(3))
-    attn = layers.softmax_attention(q, k, self.scale, self.attention_bias())
-    x = self.proj(layers.attend(drop(self.attn_drop, attn, rngs), v))
-    x = layers.merge_windows(x, self.grid, self.window)
+    q, k, v = self.qkv(layers.partition_windows(x, self.window))
+    mask = jnp.asarray(seam_mask(self.grid, self.window, self.shift)) if any(self.shift) else None
+    x, _ = self.attend(q, k, v, rngs, bias=self.attention_bias(), mask=mask)
+    x = layers.merge_windows(self.proj(x), self.grid, self.window)
     if any(self.shift):
       x = jnp.roll(x, self.shift, (1, 2))
     return drop(self.proj_drop, x.reshape(batch, tokens, dim), rngs)

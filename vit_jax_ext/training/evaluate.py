@@ -44,7 +44,7 @@ def jit_eval_step(variant: registry.Variant, model: nnx.Module, layout: Layout) 
   """Returns `make_eval_step` of an abstract model over the mesh of its layout, compiled when first called."""
   eval_step = make_eval_step(split_model(model)[0], mean=variant.mean, std=variant.std)
   return jax.jit(
-    lambda params, stats, batch: eval_step(layout.gather(params), stats, batch),
+    sharding.traced_on(layout.mesh, lambda params, stats, batch: eval_step(layout.gather(params), stats, batch)),
     in_shardings=(layout.weights["params"], layout.weights["stats"], sharding.batch_sharding(layout.mesh)),
     out_shardings=sharding.replicated(layout.mesh),
   )

@@ -139,7 +139,7 @@ class Experiment:
       skip_nonfinite=config.skip_nonfinite,
     )
     self.train_step = jax.jit(
-      step,
+      sharding.traced_on(self.mesh, step),
       in_shardings=(self.places, self.by_batch),
       out_shardings=(self.places, sharding.replicated(self.mesh)),
       donate_argnums=0,

@@ -45,7 +45,8 @@ def augment(
   """
   mix_key, erase_key = jax.random.split(key)
   if erasing and not erase_mixed:
-    images = erase(erase_key, images, erasing)
+    # Each image is read twice by `mix`: without the barrier the noise would be drawn twice.
+    images = jax.lax.optimization_barrier(erase(erase_key, images, erasing))
   if mixup or cutmix:
     images, labels = mix(
       mix_key, images, jax.nn.one_hot(labels, num_classes), mixup, cutmix, switch_probability, mixing_batch

@@ -33,7 +33,7 @@ def jit_probabilities(
 
   everywhere = sharding.replicated(layout.mesh)
   return jax.jit(
-    probabilities,
+    sharding.traced_on(layout.mesh, probabilities),
     in_shardings=(layout.weights["params"], layout.weights["stats"], everywhere),
     out_shardings=everywhere,
   )

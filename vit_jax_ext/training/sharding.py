@@ -1,6 +1,7 @@
 """The device mesh and where arrays lie on it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import functools
 import math
 from typing import Any
 
@@ -85,6 +86,17 @@ def limit_at_hand() -> int:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Batches are split over the data and fsdp axes."""
   return NamedSharding(mesh, P(tuple(axis for axis in mesh.axis_names if axis != "model")))
+
+
+def traced_on(mesh: Mesh, function: Callable) -> Callable:
+  """Returns `function`, which sees while it is traced which mesh it is for; kernels need to (models.attention)."""
+
+  @functools.wraps(function)
+  def traced(*args, **kw):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return function(*args, **kw)
+
+  return traced
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

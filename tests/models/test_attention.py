@@ -1,0 +1,150 @@
+"""Attention in all its implementations, against plain jnp in float32 and with the kernels interpreted."""
+
+from flax import nnx
+import jax
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vit_jax_ext as vx
+from vit_jax_ext.models import attention
+from vit_jax_ext.models.fused_attention import fused_attention
+from vit_jax_ext.models.fused_reattention import covariance_sums, mix_heads
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+  with pltpu.force_tpu_interpret_mode():
+    yield
+
+
+def draw(*shapes, seed=0):
+  rng = np.random.default_rng(seed)
+  return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def plain_maps(q, k, num_heads, scale, bias=0.0):
+  q, k = (x.reshape(*x.shape[:-1], num_heads, -1) for x in (q, k))
+  logits = jnp.einsum("...qhd,...khd->...hqk", q, k, precision="highest") * scale + bias
+  weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+  return weights / weights.sum(-1, keepdims=True)
+
+
+def plain_weigh(maps, v):
+  values = v.reshape(*v.shape[:-1], maps.shape[-3], -1)
+  y = jnp.einsum("...hqk,...khd->...qhd", maps, values, precision="highest")
+  return y.reshape(*y.shape[:-2], -1)
+
+
+def check_same(ours, theirs, dy, *arrays):
+  """Values and the gradients of all arrays."""
+  found = [(f(*arrays), jax.vjp(f, *arrays)[1](dy)) for f in (ours, theirs)]
+  for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+    np.testing.assert_allclose(a, b, atol=3e-6 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize(
+  ("images", "windows", "queries", "keys", "dim", "heads", "masked"),
+  [
+    (2, 1, 11, 11, 96, 3, False),
+    (1, 4, 9, 9, 64, 4, True),
+    (2, 3, 16, 16, 105, 3, True),  # heads of 35, as DeepViT-L's
+    (2, 1, 1, 19, 64, 2, False),  # CrossViT's class token
+    (1, 2, 10, 10, 256, 2, False),
+  ],
+)
+def test_the_kernel_is_attention(images, windows, queries, keys, dim, heads, masked):
+  q, k, v, dy, bias = draw(
+    (images, windows, queries, dim), *[(images, windows, keys, dim)] * 2, (images, windows, queries, dim),
+    (heads, queries, keys),
+  )  # fmt: skip
+  mask = jnp.where(draw((windows, queries, keys))[0] + 3 * jnp.eye(queries, keys) < -0.5, -jnp.inf, 0.0)
+  mask = mask if masked else None
+
+  def plain(q, k, v, *bias):
+    return plain_weigh(plain_maps(q, k, heads, 0.3, bias[0] + mask[:, None] if masked else 0.0), v)
+
+  def fused(q, k, v, *bias):
+    return fused_attention(q, k, v, *bias, *[None] * (1 - masked), mask, dim // heads, 0.3)
+
+  check_same(fused, plain, dy, q, k, v, *[bias][: int(masked)])
+
+
+@pytest.mark.parametrize(("images", "tokens", "dim", "heads"), [(2, 11, 96, 3), (1, 20, 105, 3), (2, 9, 128, 8)])
+def test_the_kernels_are_reattention(images, tokens, dim, heads):
+  width = dim // heads
+  q, k, v, dy = draw(*[(images, 1, tokens, dim)] * 4)
+  t, s, weights = draw((images, heads, heads), (images, heads), (images, heads, heads), seed=1)
+
+  def plain(q, k, v, t, s):
+    maps = plain_maps(q, k, heads, 0.3)[:, 0] - 1 / tokens
+    maps = jnp.einsum("bhqk,bhg->bgqk", maps, t, precision="highest") + s[:, :, None, None]
+    return plain_weigh(maps, v[:, 0])[:, None]
+
+  def fused(q, k, v, t, s):
+    return mix_heads(q, k, v, jnp.repeat(t, width, -1), jnp.repeat(s, width, -1)[:, None], width, 0.3)
+
+  check_same(fused, plain, dy, q, k, v, t, s)
+
+  def plain_covariance(q, k):
+    maps = plain_maps(q, k, heads, 0.3)[:, 0] - 1 / tokens
+    return jnp.einsum("bhqk,bgqk->bhg", maps, maps, precision="highest")
+
+  check_same(lambda q, k: covariance_sums(q, k, width, 0.3), plain_covariance, weights, q, k)
+
+
+@pytest.fixture
+def on_tpu(monkeypatch):
+  monkeypatch.setattr(attention, "platform", lambda: "tpu")
+
+
+@pytest.mark.parametrize(
+  ("name", "overrides"),
+  [
+    (
+      "crossvit_tiny_224",
+      dict(image_size=24, patch_size=(4, 6), embed_dim=(24, 48), num_heads=(3, 3), depth=((1, 1),)),
+    ),
+    ("deepvit_16b", dict(image_size=16, patch_size=4, embed_dim=24, num_heads=3, depth=2)),
+    ("swin_tiny", dict(image_size=16, patch_size=2, embed_dim=12, depths=(2, 2), num_heads=(2, 3), window_size=4)),
+    ("cswin_tiny", dict(image_size=16, embed_dim=12, depth=(1, 1), num_heads=(2, 4), split_size=(1, 4))),
+  ],
+)
+def test_a_model_is_the_same_with_kernels(name, overrides, on_tpu):
+  """Logits, maps, gradients and new statistics, in training."""
+  images, found = draw((2, overrides["image_size"], overrides["image_size"], 3))[0], {}
+  for implementation in ("auto", "reference"):
+    model = vx.create_model(name, rngs=nnx.Rngs(0), num_classes=5, attention=implementation, **overrides)
+    graphdef, *state = nnx.split(model, nnx.Param, nnx.BatchStat)
+    state = [nnx.to_pure_dict(part) for part in state]
+
+    @jax.jit
+    def step(params, stats, graphdef=graphdef):
+      def loss(params, stats):
+        model = nnx.merge(graphdef, params, stats)
+        logits, out = model(images, train=True)
+        return jnp.square(logits).sum(), (logits, out, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+
+      return jax.grad(loss, has_aux=True)(params, stats)
+
+    found[implementation] = jax.tree.leaves(step(*state))
+    text = step.lower(*state).as_text()
+    assert ("callback" in text) == (implementation == "auto")
+  for a, b in zip(*found.values(), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()) + 1e-6)
+
+
+def test_what_an_implementation_does_not_take_is_named(monkeypatch):
+  q = jnp.ones((1, 4, 6), jnp.float32)
+  kw = dict(num_heads=2, scale=1.0)
+  with pytest.raises(vx.UserError, match=r"attention=pallas .*it is for TPUs, not cpu; choose auto or reference"):
+    attention.attend(q, q, q, implementation="pallas", **kw)
+  monkeypatch.setattr(attention, "platform", lambda: "gpu")
+  with pytest.raises(vx.UserError, match=r"attention=cudnn .*bfloat16 and float16, not float32; choose auto or r"):
+    attention.attend(q, q, q, implementation="cudnn", **kw)
+  q = q.astype(jnp.bfloat16)
+  with pytest.raises(vx.UserError, match="multiple of 8 up to 128, not 3"):
+    attention.attend(q, q, q, implementation="cudnn", **kw)
+  with pytest.raises(vx.UserError, match="'flash' is unknown; choose one of auto, reference, pallas, cudnn"):
+    vx.create_model("deit_tiny_patch16_224", rngs=nnx.Rngs(0), attention="flash")

@@ -1,0 +1,213 @@
+"""Multi-head attention: one function for all architectures, and what each platform does it with.
+
+Queries, keys and values are (..., tokens, C) as the projections give them, the heads side by side in C. Axes before the
+tokens are images, or images and windows. Maps are (..., heads, queries, keys).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from vit_jax_ext.errors import UserError
+from vit_jax_ext.models.fused_attention import fused_attention
+from vit_jax_ext.models.fused_reattention import covariance_sums, mix_heads
+
+# pallas: kernels that keep the maps on the chip (fused_attention); cudnn: NVIDIA's; reference: XLA, the maps in memory.
+IMPLEMENTATIONS = ("auto", "reference", "pallas", "cudnn")
+# A kernel's program holds a few maps of one head, of 4 bytes a pair of tokens, in 96 MiB.
+LARGEST_MAP = 2 * 2**20
+
+
+def widest(dtype: jnp.dtype) -> jnp.dtype:
+  """Returns float32, or what is wider."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
+  """(..., tokens, C) to (..., tokens, heads, C / heads)."""
+  return x.reshape(*x.shape[:-1], num_heads, -1)
+
+
+def softmax_attention(
+  q: jax.Array, k: jax.Array, *, num_heads: int, scale: float, bias: jax.Array | None = None,
+  mask: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
+  """Returns softmax(scale * q k^T + bias + mask), at least float32; see `attend` for the arguments."""
+  q, k = split_heads(q, num_heads), split_heads(k, num_heads)
+  logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=widest(q.dtype)) * scale
+  if bias is not None:
+    logits += bias
+  if mask is not None:
+    logits += mask[:, None]
+  return jax.nn.softmax(logits, axis=-1)
+
+
+def weigh(attn: jax.Array, v: jax.Array) -> jax.Array:
+  """Returns the values (..., keys, C) mixed by the maps `attn` (..., heads, queries, keys): (..., queries, C)."""
+  y = jnp.einsum("...hqk,...khd->...qhd", attn.astype(v.dtype), split_heads(v, attn.shape[-3]))
+  return y.reshape(*y.shape[:-2], -1)
+
+
+def attend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  num_heads: int,
+  scale: float,
+  bias: jax.Array | None = None,
+  mask: jax.Array | None = None,
+  drop: Callable[[jax.Array], jax.Array] | None = None,
+  implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+  """Multi-head attention, softmax(scale * q k^T + bias + mask) v.
+
+  The maps are computed beside the result where that does not need them. The compiler then drops them, unless they are
+  read.
+
+  Args:
+    q, k, v: (..., tokens, C).
+    num_heads, scale: heads; factor of the logits.
+    bias: (heads, queries, keys), the same for all windows, or None.
+    mask: (windows, queries, keys), 0 or -inf, the same for all heads, or None; has no gradient.
+    drop: dropout of the maps, which only the reference knows; None for none.
+    implementation: one of IMPLEMENTATIONS. auto: pallas on TPUs, cudnn on NVIDIA GPUs, and the reference elsewhere and
+      for what they do not take.
+
+  Returns:
+    y: (..., queries, C).
+    attn: the maps before dropout, at least float32, (..., heads, queries, keys).
+
+  Raises:
+    UserError: the implementation does not take this; says why.
+  """
+  implementation = _choose(implementation, _obstacles(q, k, num_heads, drop))
+  attn = softmax_attention(q, k, num_heads=num_heads, scale=scale, bias=bias, mask=mask)
+  if implementation == "reference":
+    return weigh(attn if drop is None else drop(attn), v), attn
+  function = _pallas if implementation == "pallas" else _cudnn
+  return function(q, k, v, bias, mask, num_heads, scale), attn
+
+
+def platform() -> str:
+  """Returns what the program that is being traced will run on: cpu, gpu or tpu."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty and mesh.abstract_device is not None:
+    return {"cuda": "gpu"}.get(mesh.abstract_device.platform, mesh.abstract_device.platform)
+  device = jax.config.jax_default_device
+  return getattr(device, "platform", device) or jax.default_backend()
+
+
+def map_covariance(
+  q: jax.Array, k: jax.Array, *, num_heads: int, scale: float, images: int, implementation: str = "auto"
+) -> jax.Array:
+  """Returns the covariance of the heads' maps, softmax(scale * q k^T), over groups of images, queries and keys.
+
+  The mean of a map is 1 / keys, as its rows sum to 1; the variance of any mixture of heads follows from this.
+
+  Args:
+    q, k: (B, tokens, C).
+    num_heads, scale, implementation: see `attend`; all but pallas are the reference.
+    images: of a group, which divides B.
+
+  Returns:
+    (B / images, heads, heads), at least float32.
+  """
+  obstacles = _obstacles(q, k, num_heads, None)
+  if _choose(implementation, obstacles) == "pallas":
+    sums = covariance_sums(q[:, None], k[:, None], q.shape[-1] // num_heads, scale)
+  else:
+    attn = softmax_attention(q, k, num_heads=num_heads, scale=scale) - 1 / k.shape[-2]
+    sums = jnp.einsum("bhqk,bgqk->bhg", attn, attn, precision=jax.lax.Precision.HIGHEST)
+  sums = sums.reshape(-1, images, num_heads, num_heads).sum(axis=1)
+  return sums / (images * q.shape[-2] * k.shape[-2])
+
+
+def reattend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mixing: jax.Array,
+  shift: jax.Array,
+  *,
+  num_heads: int,
+  scale: float,
+  implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+  """Attention by maps that are mixed across heads: map g is sum_h mixing_hg (P_h - 1 / keys) + shift_g.
+
+  Args:
+    q, k, v: (B, tokens, C).
+    mixing: (groups of images, heads, heads), at least float32.
+    shift: (groups of images, heads), at least float32.
+    num_heads, scale, implementation: of P = softmax(scale * q k^T); see `attend`. cudnn is the reference here.
+
+  Returns:
+    y: (B, queries, C).
+    attn: the mixed maps, (B, heads, queries, keys), at least float32.
+  """
+  width, groups = q.shape[-1] // num_heads, len(mixing)
+  attn = softmax_attention(q, k, num_heads=num_heads, scale=scale) - 1 / k.shape[-2]
+  attn = jnp.einsum("gbhqk,ghf->gbfqk", attn.reshape(groups, -1, *attn.shape[1:]), mixing)
+  attn = (attn + shift[:, None, :, None, None]).reshape(-1, *attn.shape[2:])
+  if _choose(implementation, _obstacles(q, k, num_heads, None)) != "pallas":
+    return weigh(attn, v), attn
+  t, s = (jnp.repeat(jnp.repeat(x, width, axis=-1), len(q) // groups, axis=0) for x in (mixing, shift))
+  return mix_heads(q[:, None], k[:, None], v[:, None], t, s[:, None], width, scale)[:, 0], attn
+
+
+def _choose(implementation: str, obstacles: dict[str, str]) -> str:
+  """Returns the implementation, auto resolved.
+
+  Raises:
+    UserError: it does not work here.
+  """
+  if implementation == "auto":
+    return next((name for name in ("pallas", "cudnn") if not obstacles[name]), "reference")
+  if obstacles[implementation]:
+    able = ", ".join(name for name, obstacle in obstacles.items() if not obstacle)
+    raise UserError(
+      f"attention={implementation} does not work here: {obstacles[implementation]}; choose auto or {able}"
+    )
+  return implementation
+
+
+def _obstacles(q, k, num_heads, drop) -> dict[str, str]:
+  """Returns what keeps each implementation from this attention, if anything."""
+  where, width = platform(), q.shape[-1] // num_heads
+  pallas = cudnn = "it has no dropout of attention weights" if drop else ""
+  if where != "tpu":
+    pallas = f"it is for TPUs, not {where}"
+  elif q.dtype not in (jnp.bfloat16, jnp.float32):
+    pallas = f"it takes bfloat16 and float32, not {q.dtype}"
+  elif q.shape[-2] * k.shape[-2] > LARGEST_MAP:
+    pallas = f"maps of {q.shape[-2]} x {k.shape[-2]} tokens do not fit on the chip"
+  if where != "gpu":
+    cudnn = f"it is for NVIDIA GPUs, not {where}"
+  elif q.dtype not in (jnp.bfloat16, jnp.float16):
+    cudnn = f"it takes bfloat16 and float16, not {q.dtype}"
+  elif width % 8 or width > 128:
+    cudnn = f"it takes heads as wide as a multiple of 8 up to 128, not {width}"
+  return {"reference": "", "pallas": pallas, "cudnn": cudnn}
+
+
+def _pallas(q, k, v, bias, mask, num_heads, scale):
+  windows = [x.reshape(len(x), -1, *x.shape[-2:]) for x in (q, k, v)]
+  if bias is not None:
+    bias = bias.astype(jnp.float32)
+  y = fused_attention(*windows, bias, mask, q.shape[-1] // num_heads, scale)
+  return y.reshape(q.shape)
+
+
+def _cudnn(q, k, v, bias, mask, num_heads, scale):
+  windows = q.shape[1] if q.ndim == 4 else 1
+  heads = [split_heads(x.reshape(-1, *x.shape[-2:]), num_heads) for x in (q, k, v)]
+  if bias is not None:
+    bias = bias[None]
+  if mask is not None:
+    both = mask[:, None] if bias is None else bias + mask[:, None]
+    bias = jnp.broadcast_to(both, (len(q), *both.shape)).reshape(len(q) * windows, *both.shape[1:])
+  bias = None if bias is None else bias.astype(q.dtype)
+  y = jax.nn.dot_product_attention(*heads, bias, scale=scale, implementation="cudnn")
+  return y.reshape(q.shape)

@@ -1,0 +1,147 @@
+"""What the Pallas kernels for TPUs share: how one is called over images and windows, and its parts.
+
+A head narrower than the matrix unit's 128 lanes shares them with its neighbours: in a product over the lanes those of
+the others are masked out of one operand, so that no lane moves.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import math
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+LANES = 128
+VMEM_BYTES = 96 * 2**20  # that a program may use: a few maps of one head
+TOKENS = 512  # of the windows that one program works on
+
+Arrays = Mapping[str, jax.Array | None]
+
+
+def product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+  """Returns the product of two matrices over an axis of each, in float32."""
+  return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns exponentials and their sums over the last axis: divide where there is less to divide."""
+  weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+  return weights, weights.sum(axis=-1, keepdims=True)
+
+
+def softmax_gradient(attn: jax.Array, dattn: jax.Array) -> jax.Array:
+  """Returns the gradient of the logits."""
+  return attn * (dattn - (attn * dattn).sum(axis=-1, keepdims=True))
+
+
+def head_groups(channels: int, width: int) -> list[tuple[pl.Slice, range]]:
+  """Returns the lanes that are worked on together, and their heads.
+
+  Args:
+    channels: of all heads.
+    width: of a head.
+  """
+  num_heads, size = channels // width, max(1, LANES // width)
+  groups = [range(first, min(first + size, num_heads)) for first in range(0, num_heads, size)]
+  return [(pl.ds(heads[0] * width, len(heads) * width), heads) for heads in groups]
+
+
+def own_lanes(index: int, lanes: int, width: int) -> jax.Array:
+  """Returns which of a group's lanes are those of its head `index`, (1, lanes) bool."""
+  lane = jax.lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
+  return (lane >= index * width) & (lane < (index + 1) * width)
+
+
+def product_flops(arrays: Arrays) -> int:
+  """Returns the floating-point operations of one product of queries by keys by C, of all images and windows."""
+  return 2 * math.prod(arrays["q"].shape) * arrays["k"].shape[2]
+
+
+def call(
+  kernel: Callable,
+  arrays: Arrays,
+  results: Mapping[str, jax.ShapeDtypeStruct],
+  flops: int,
+  scratch: Sequence[tuple[int, ...]] = (),
+) -> list[jax.Array]:
+  """Calls a kernel over images and blocks of their windows.
+
+  Args:
+    kernel: takes references in the order of `arrays`, `results` and `scratch`.
+    arrays, results: by name. bias (heads, n, n), mask (windows, n, n); q and what begins like it (images, windows,
+      tokens, C); all others have an entry for each image, in scalar memory if their name ends with _scalars.
+    flops: of all programs together, an estimate.
+    scratch: shapes of float32 arrays that a program works with.
+  """
+  images, windows, tokens, _ = arrays["q"].shape
+  block = max(d for d in range(1, windows + 1) if windows % d == 0 and (d == 1 or d * tokens <= TOKENS))
+
+  def spec(name, x):
+    if x is None:
+      return None
+    if name == "bias":
+      return pl.BlockSpec(x.shape, lambda i, j: (0, 0, 0))
+    if name == "mask":
+      return pl.BlockSpec((block, *x.shape[1:]), lambda i, j: (j, 0, 0))
+    if x.ndim == 4 and name != "dbias":
+      return pl.BlockSpec((1, block, *x.shape[2:]), lambda i, j: (i, j, 0, 0))
+    space = pltpu.SMEM if name.endswith("_scalars") else None
+    return pl.BlockSpec((1, *x.shape[1:]), lambda i, j: (i, *[0] * (x.ndim - 1)), memory_space=space)
+
+  moved = [x for x in (*arrays.values(), *results.values()) if x is not None]
+  return pl.pallas_call(
+    kernel,
+    grid=(images, windows // block),
+    in_specs=[spec(name, x) for name, x in arrays.items()],
+    out_specs=[spec(name, x) for name, x in results.items()],
+    out_shape=list(results.values()),
+    scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+    cost_estimate=pl.CostEstimate(
+      flops=flops, transcendentals=0, bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved)
+    ),
+    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES),
+  )(*arrays.values())
+
+
+def on_each_device(
+  function: Callable[[Arrays], Sequence[jax.Array]], arrays: Arrays, results: Sequence[str], num_heads: int = 1
+) -> tuple[jax.Array, ...]:
+  """Calls `function(arrays)` with the images and heads of each device.
+
+  The compiler cannot split a kernel. So where a mesh is set (`jax.sharding.use_abstract_mesh`), images are split over
+  all of its axes but "model", and heads over that, where they divide.
+
+  Args:
+    function: returns arrays in the order of `results`.
+    arrays: see `call`.
+    results: names.
+    num_heads: that can be split; 1 for none.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    return tuple(function(arrays))
+  axes = tuple(axis for axis in mesh.axis_names if axis != "model")
+  images = axes if len(arrays["q"]) % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
+  heads = "model" if num_heads > 1 and num_heads % mesh.shape.get("model", 1) == 0 else None
+
+  def split(name):
+    if name in ("bias", "mask"):
+      return P(heads) if name == "bias" else P()
+    if heads is None:
+      return P(images)
+    return P(images, heads) if name == "dbias" else P(images, None, None, heads)
+
+  return jax.shard_map(
+    lambda *values: tuple(function(dict(zip(arrays, values, strict=True)))),
+    in_specs=tuple(None if x is None else split(name) for name, x in arrays.items()),
+    out_specs=tuple(split(name) for name in results),
+    check_vma=False,  # a kernel does not say over what its results vary
+  )(*arrays.values())
+
+
+def like(x: jax.Array) -> jax.ShapeDtypeStruct:
+  """Returns its shape and dtype."""
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
