@@ -270,8 +270,8 @@ def head_dim(dim: int, num_heads: int) -> int:
 class PackedQKV(Linear):
   """Projection to queries, keys and values, (..., C) to three of (..., C), packed in one kernel (C, 3 C).
 
-  The kernel is unpacked and not the result: that would have to be copied apart. And the columns of one of the three are
-  whole heads, one after another, so that the product can be split over devices by heads.
+  The kernel is unpacked and not the result, which would have to be copied apart. But where devices share the heads of
+  an image it is one product: with three, the gradient of x would be summed over the devices three times.
   """
 
   def __init__(self, dim: int, **kw):
@@ -280,8 +280,11 @@ class PackedQKV(Linear):
   def __call__(self, x: jax.Array, share: int = 0, shares: int = 1) -> list[jax.Array]:
     """Returns queries, keys and values; of one of `shares` equal sets of heads alone, (..., C / shares)."""
     x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-    columns = np.arange(kernel.shape[-1]).reshape(3, shares, -1)[:, share]
-    return [add_bias(x @ kernel[:, own[0] : own[-1] + 1], self.bias[own[0] : own[-1] + 1]) for own in columns]
+    kernel = kernel.reshape(len(kernel), 3, shares, -1)[:, :, share]
+    bias = self.bias[...].reshape(3, shares, -1)[:, share]
+    if jax.sharding.get_abstract_mesh().shape.get("model", 1) > 1:
+      return [*jnp.moveaxis(add_bias(jnp.tensordot(x, kernel, 1), bias), -2, 0)]
+    return [add_bias(x @ kernel[:, i], bias[i]) for i in range(3)]
 
 
 class MultiHeadAttention(nnx.Module):
