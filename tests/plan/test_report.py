@@ -176,6 +176,18 @@ def test_a_step_that_does_not_fit_is_an_answer(config, run):
 
 
 @pytest.mark.slow
+def test_parts_of_a_batch_are_as_much_work_as_all_at_once(config):
+  """The loop over them counts as often as it turns."""
+  pytest.importorskip("libtpu")
+  target, work = open_target("v5e:2x2"), []
+  for parts in (1, 4):
+    config.optimizer.accumulation_steps = parts
+    work.append(plan(config, target, 10, 1437)["work"])
+  assert work[1]["matmul_flops"] == work[0]["matmul_flops"] and work[1]["unknown_loops"] == []
+  assert work[1]["estimated_cycles"] > work[0]["estimated_cycles"]
+
+
+@pytest.mark.slow
 def test_slices_are_joined_by_the_network(config):
   pytest.importorskip("libtpu")
   config.batch_size = 64

@@ -58,12 +58,8 @@ def plan(
   try:
     compilation = compile_program(config, experiment, program)
   except DoesNotFitError as error:
-    result = {"fits": False, "memory": {"total": error.needed, "limit": error.limit}}
-  else:
-    result = measure(config, experiment, target, compilation, program)
-  if not result["fits"]:
-    result["remedies"], result["largest"] = memory.find_remedies(config, target, num_classes, examples, program, result)
-  return about | result
+    return about | {"fits": False, "memory": {"total": error.needed, "limit": error.limit}}
+  return about | measure(config, experiment, target, compilation, program)
 
 
 def measure(
