@@ -221,6 +221,8 @@ class Program:
       case "dynamic-update-slice" | "scatter":
         update = instruction.operands[1 if instruction.opcode == "dynamic-update-slice" else 2]
         arrays = [*self.computations[instruction.computation][update].results] * 2
+      case "custom-call" if instruction.target.startswith("__cu"):  # the rest of the result is scratch space
+        arrays = arrays[:1] + self.operands(instruction)
       case "fusion":
         arrays = [array for parts in self._through(instruction) for array in parts]
       case _:

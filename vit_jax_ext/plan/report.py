@@ -118,7 +118,8 @@ def _work(hlo: Program, executed: Iterable[tuple[Instruction, int]], kind: Kind 
     moved += hlo.memory_bytes(instruction) * times
     cycles = _cycles(hlo, instruction, kind) * times
     if instruction.cycles is None and cycles:
-      row = counted[f"{instruction.opcode} {instruction.target}".strip()]
+      kernel = f" {instruction.target} {instruction.name.rstrip('.0123456789')}" if instruction.target else ""
+      row = counted[instruction.opcode + kernel]
       row[0], row[1] = row[0] + times, row[1] + cycles
     else:
       estimated += cycles
