@@ -81,6 +81,20 @@ def test_groups(text, groups):
   assert replica_groups(text, 4) == groups
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_gpu_says_itself_whether_it_waits(waits):
+  text = f"""HloModule example, num_partitions=8
+
+ENTRY %main (x: f32[10]) -> f32[10] {{
+  %x = f32[10]{{0}} parameter(0)
+  %all-reduce-start = f32[10]{{0}} all-reduce-start(%x), channel_id=1, replica_groups=mesh['a'=8,'b'=1] {{'a'}}, to_apply=%sum, backend_config={{"collective_backend_config":{{"is_sync":{str(waits).lower()}}}}}
+  ROOT %all-reduce-done = f32[10]{{0}} all-reduce-done(%all-reduce-start)
+}}
+"""  # noqa: E501
+  (found,) = find_collectives(Program(text), {"data": 8, "fsdp": 1, "model": 1}, [0] * 4 + [1] * 4)
+  assert found == Collective("all-reduce", "data", 40, 1, not waits, near=2 * 0.75 * 40, far=2 * 10 / 2)
+
+
 def test_slices_that_a_network_connects():
   """The program is that of one slice, and sends to the others what it has summed up."""
   text = """HloModule example, num_partitions=2

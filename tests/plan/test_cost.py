@@ -39,6 +39,30 @@ def test_a_batched_product_as_a_tpu_does_it():
   assert cost.flops(program, convolution)[1] == 2 * 16 * 4 * 12 * 37 * 37
 
 
+def test_products_of_nvidias_libraries():
+  program, gemm = only(
+    "%a = f32[296,48]{1,0} parameter(0)",
+    "%b = f32[48,144]{1,0} parameter(1)",
+    '%c = (f32[296,144]{1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", '
+    'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],'
+    '"rhs_contracting_dimensions":["0"],"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]}}}',
+  )
+  assert cost.flops(program, gemm) == (2 * 296 * 48 * 144,) * 2
+  assert program.memory_bytes(gemm) == 4 * (296 * 48 + 48 * 144 + 296 * 144)  # without the scratch space
+  for target, first, second, result in (
+    ("convBiasActivationForward", "8,24,24,3", "48,4,4,3", "8,6,6,48"),
+    ("convBackwardFilter", "8,24,24,3", "8,6,6,48", "48,4,4,3"),
+    ("convBackwardInput", "8,6,6,48", "48,4,4,3", "8,24,24,3"),
+  ):
+    program, convolution = only(
+      f"%a = f32[{first}]{{3,2,1,0}} parameter(0)",
+      f"%b = f32[{second}]{{3,2,1,0}} parameter(1)",
+      f"%c = (f32[{result}]{{3,2,1,0}}, u8[0]{{0}}) custom-call(%a, %b), window={{size=4x4 stride=4x4}}, "
+      f'dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn${target}"',
+    )
+    assert cost.flops(program, convolution)[1] == 2 * 8 * 36 * 48 * (4 * 4 * 3)
+
+
 @settings(max_examples=50, deadline=None)
 @given(*[st.integers(1, 6)] * 3, st.integers(1, 3), st.integers(0, 3), st.integers(1, 3), st.integers(1, 3))
 def test_positions_of_a_convolution(image, kernel, out, stride, pad, image_dilation, dilation):

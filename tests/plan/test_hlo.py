@@ -97,6 +97,42 @@ def test_a_loop_of_unknown_rounds_is_named_and_counted_once():
   assert program.unknown_loops == ["while.1"]
 
 
+@pytest.mark.parametrize(
+  ("condition", "start", "rounds"),
+  [
+    ("compare(%i, %n), direction=LT", 0, 4),
+    ("compare(%i, %n), direction=LT", 1, 3),
+    ("compare(%n, %i), direction=LT", 0, None),
+    ("compare(%i, %i), direction=LT", 0, None),
+    ("and(%i, %n)", 0, None),
+  ],
+)
+def test_rounds_of_a_loop_as_jax_writes_it(condition, start, rounds):
+  program = Program(f"""HloModule m
+
+%body (x: (s32[], f32[4])) -> (s32[], f32[4]) {{
+  ROOT %copy.1 = f32[4]{{0}} copy(%x)
+}}
+
+%condition (x: (s32[], f32[4])) -> pred[] {{
+  %x.1 = (s32[], f32[4]) parameter(0)
+  %n = s32[] constant(4)
+  %i = s32[] get-tuple-element(%x.1), index=0
+  ROOT %less = pred[] {condition}
+}}
+
+ENTRY %main (y: f32[4]) -> (s32[], f32[4]) {{
+  %y = f32[4]{{0}} parameter(0)
+  %c = s32[] constant({start})
+  %copy.2 = s32[]{{:S(6)}} copy(%c)
+  %tuple.1 = (s32[], f32[4]) tuple(%copy.2, %y)
+  ROOT %while.1 = (s32[], f32[4]) while(%tuple.1), condition=%condition, body=%body
+}}
+""")
+  assert {i.name: times for i, times in program.executed()}["copy.1"] == (rounds or 1)
+  assert program.unknown_loops == ([] if rounds else ["while.1"])
+
+
 def test_places_are_our_innermost_lines(program):
   entry = program.computations["main"]
   # Through flax to the line of Attention that calls it; a copy belongs to what it copies, a fusion to its parts.

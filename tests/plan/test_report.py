@@ -179,6 +179,36 @@ def test_a_step_that_does_not_fit_is_an_answer(config, run):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["a100", "h100", "h200", "b200"])
+def test_gpus(kind, config):
+  pytest.importorskip("jax_cuda12_plugin")
+  config.model.overrides.update(depth=1)
+  result = plan(config, open_target(f"{kind}:2x4"), 10, 1437)
+  assert result["fits"] and result["chips"] == 8
+  tokens, dim = 37, 48
+  block = tokens * (4 * dim * dim + 4 * dim * dim) + 2 * tokens * tokens * dim
+  expected = 8 * 2 * (3 * block + 2 * 36 * 48 * dim + 3 * 10 * dim)
+  assert result["work"]["matmul_flops"] == pytest.approx(expected, rel=0.02)
+  (row,) = (row for row in result["collectives"] if row["bytes"] > 1000)
+  assert (row["kind"], row["axes"], row["reach"]) == ("all-reduce", "data", "between hosts")
+  # The published speed of neither arithmetic nor memory is exceeded.
+  time = result["time"]
+  assert time["step"] >= max(time["computation"], time["memory"]) > 0 and 0 < time["share_of_peak"] < 1
+
+
+@pytest.mark.slow
+def test_parts_of_a_batch_are_as_much_work_as_all_at_once(config):
+  """The loop over them counts as often as it turns."""
+  pytest.importorskip("libtpu")
+  target, work = open_target("v5e:2x2"), []
+  for parts in (1, 4):
+    config.optimizer.accumulation_steps = parts
+    work.append(plan(config, target, 10, 1437)["work"])
+  assert work[1]["matmul_flops"] == work[0]["matmul_flops"] and work[1]["unknown_loops"] == []
+  assert work[1]["estimated_cycles"] > work[0]["estimated_cycles"]
+
+
+@pytest.mark.slow
 def test_slices_are_joined_by_the_network(config):
   pytest.importorskip("libtpu")
   config.batch_size = 64

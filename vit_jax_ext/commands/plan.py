@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument("--measure", action="store_true", help="run it on synthetic images, on --devices=here or cpu:N")
   parser.add_argument("--save", metavar="FILE", help="write the compiled training step, for train --compiled=FILE")
+  many = parser.add_mutually_exclusive_group()
+  many.add_argument("--search", action="store_true", help="find the fastest split and number of images at once")
+  many.add_argument("--all", action="store_true", help="a table of the papers' recipes on four kinds of devices")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,13 +41,15 @@ def run(args: argparse.Namespace) -> None:
   Raises:
     RunError: the compiler crashes, or the program fails on the devices at hand.
   """
+  if args.search or args.all:
+    return run_many(args)
   if args.measure and args.devices.partition(":")[0] not in ("here", "cpu"):
     raise UserError(f"--measure runs the program, and {args.devices} is not at hand; give --devices=here or cpu:N")
   if args.save and args.program != "train":
     raise UserError(f"--save writes the training step, not --program={args.program}; leave one of them out")
   from vit_jax_ext import config as configs
   from vit_jax_ext.files import write_json
-  from vit_jax_ext.plan import kinds, report, timing
+  from vit_jax_ext.plan import kinds, memory, report, timing
   from vit_jax_ext.training import ahead
   from vit_jax_ext.training.experiment import Experiment
 
@@ -56,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
   # The compiler itself is wanted: its time is told, and what it makes is saved.
   with _failure_told("XLA's compiler fails"), ahead.without_cache():
     plan = report.plan(config, target, *facts, args.program, experiment)
+    if not plan["fits"]:
+      plan |= memory.find_remedies(config, target, *facts, args.program, plan)
   print_plan(plan)
   written = [write_json(args.output, "plan.json", plan)] if args.output else []
   if (args.save or args.measure) and not plan["fits"]:
@@ -72,6 +79,41 @@ def run(args: argparse.Namespace) -> None:
       write_json(args.output, "plan.json", plan)
       written.append(f"a trace; look at it with xprof {args.output} or tensorboard --logdir={args.output}")
   commands.print_written(*written)
+
+
+def run_many(args: argparse.Namespace) -> None:
+  """Prints the table of a search, or of all recipes.
+
+  Raises:
+    UserError: a flag of a single plan is given, or no --output.
+  """
+  what = "--search" if args.search else "--all"
+  if args.measure or args.save or args.program != "train":
+    raise UserError(f"{what} compiles training steps alone; leave out --measure, --save and --program")
+  if not args.output:
+    raise UserError(
+      f"{what} compiles for a long time; give --output=DIR, and the same command continues what is stopped"
+    )
+  if args.all and (args.config or args.devices != "here" or args.slices > 1):
+    raise UserError("--all has recipes and devices of its own; leave out --config, --devices and --slices")
+  from vit_jax_ext import config as configs
+  from vit_jax_ext.plan import cases, search
+
+  facts = args.num_classes, args.examples
+  with commands.resumable():
+    if args.all:
+      rows = cases.plan_all(args.output, args.overrides, *facts)
+    else:
+      case = cases.Case(args.config or configs.DEFAULT, tuple(args.overrides), args.devices, args.slices, *facts)
+      trials = search.search(case, args.output)
+      rows = search.table(trials)
+  for row in rows:
+    print(f"| {' | '.join(row)} |")
+    if row is rows[0]:
+      print("|---" * len(row) + "|")
+  if args.search:
+    flags = " ".join(f"--config.{override}" for override in trials[0].overrides)
+    print(f"best: {flags}" if trials[0].fits else "nothing fits; give more devices, or a smaller --config.batch_size")
 
 
 @contextlib.contextmanager

@@ -78,7 +78,8 @@ def _instructions(program: Program) -> Iterator[tuple[Instruction, str, int, boo
       if kind == "all-reduce" and "dynamic-slice" in opcodes:  # the TPU's reduce-scatter
         yield part, "reduce-scatter", times, woven
       elif kind in KINDS:
-        yield part, kind, times, woven or part.opcode != kind or '"async_collective_fusion_config"' in part.rest
+        begun = part.opcode != kind and '"is_sync":true' not in part.rest
+        yield part, kind, times, woven or begun or '"async_collective_fusion_config"' in part.rest
       elif part.opcode == "send" and (transfer := re.search(r'megascale_transfer_type="(\w+)"', part.rest)):
         yield part, transfer[1].lower().replace("_", "-"), times, True
 

@@ -35,15 +35,15 @@ def _flops(program: Program, computation: str, name: str) -> tuple[int, int]:
       parts = [_flops(program, inner, part) for inner in instruction.called() for part in program.computations[inner]]
       return sum(part[0] for part in parts), sum(part[1] for part in parts)
     case "dot":
-      left = program.operands(instruction)[0]
-      (contracted,) = re.findall(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest) or [""]
-      products = 2 * elements * math.prod(left.shape[int(i)] for i in contracted.split(",") if i)
+      products = 2 * elements * _contracted(program, instruction)
       return products, products
     case "convolution":
-      products = 2 * _convolution(instruction, *program.operands(instruction)[:2])
+      products = 2 * _convolution(instruction, *program.operands(instruction)[:2], instruction.results[0])
       return products, products
     case "reduce" | "reduce-window":
       return sum(math.prod(array.shape) for array in program.operands(instruction)[: len(instruction.results)]), 0
+    case "custom-call" if instruction.target.startswith("__cu"):  # NVIDIA's libraries
+      return (_library_flops(program, instruction),) * 2
     case "custom-call":
       found = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.rest)
       return (int(found[1]) if found else 0,) * 2
@@ -51,12 +51,32 @@ def _flops(program: Program, computation: str, name: str) -> tuple[int, int]:
       return (elements if ARITHMETIC.fullmatch(opcode) else 0), 0
 
 
-def _convolution(instruction: Instruction, image: Array, kernel: Array) -> int:
+def _contracted(program: Program, instruction: Instruction) -> int:
+  """Returns how many products each element of a product of matrices sums up."""
+  left = program.operands(instruction)[0]
+  found = re.search(r'lhs_contracting_dim(?:s|ensions)"?[=:][{\[]([\d,"]*)', instruction.rest)
+  return math.prod(left.shape[int(i)] for i in re.findall(r"\d+", found[1])) if found else 1
+
+
+def _library_flops(program: Program, instruction: Instruction) -> int:
+  arrays, result = program.operands(instruction), instruction.results[0]
+  if "gemm_backend_config" in instruction.rest:
+    return 2 * math.prod(result.shape) * _contracted(program, instruction)
+  if "dim_labels" not in instruction.rest:
+    return 0
+  # What a gradient computes, another pass reads; the shapes are those of the forward pass.
+  image, kernel, out = {
+    "__cudnn$convBackwardFilter": (arrays[0], result, arrays[1]),
+    "__cudnn$convBackwardInput": (result, arrays[1], arrays[0]),
+  }.get(instruction.target, (arrays[0], arrays[1], result))
+  return 2 * _convolution(instruction, image, kernel, out)
+
+
+def _convolution(instruction: Instruction, image: Array, kernel: Array, result: Array) -> int:
   """Returns the multiplications: pairs of positions that lie on padding or between dilated elements do not count."""
   left, right, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest).groups()
   window = dict(re.findall(r"(\w+)=([\w-]+)", (re.search(r"window=\{([^}]*)\}", instruction.rest) or ["", ""])[1]))
   groups = {name: int(number) for name, number in re.findall(r"(feature|batch)_group_count=(\d+)", instruction.rest)}
-  result = instruction.results[0]
   count = image.shape[left.index("b")] // groups.get("batch", 1)
   count *= kernel.shape[right.index("i")] * result.shape[out.index("f")]
   for i, spatial in enumerate(sorted(set(left) - set("bf"))):

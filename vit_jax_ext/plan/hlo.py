@@ -165,10 +165,10 @@ class Program:
     for instruction in self.computations[computation].values():
       match instruction.opcode:
         case "while":
-          rounds = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
-          if not rounds:
+          rounds = self._rounds(instruction)
+          if rounds is None:
             self.unknown_loops.append(instruction.name)
-          yield from self._walk(instruction.called("body")[0], times * (int(rounds[1]) if rounds else 1))
+          yield from self._walk(instruction.called("body")[0], times * (1 if rounds is None else rounds))
         case "conditional":
           names = instruction.called("branch_computations") or (
             instruction.called("true_computation") + instruction.called("false_computation")
@@ -179,6 +179,32 @@ class Program:
             yield from self._walk(name, times)
         case opcode if not FREE.fullmatch(opcode):
           yield instruction, times
+
+  def _rounds(self, loop: Instruction) -> int | None:
+    """Returns how often a loop turns, as the compiler says, or if its counter runs to a constant as in `lax.scan`."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+      return int(known[1])
+    (name,) = loop.called("condition")
+    condition = self.computations[name]
+    goes_on = [*condition.values()][-1]
+    if goes_on.opcode != "compare" or "direction=LT" not in goes_on.rest or goes_on.operands[0] not in condition:
+      return None
+    counter, end = condition[goes_on.operands[0]], self._constant(name, goes_on.operands[1])
+    carried = self.computations[loop.computation].get(loop.operands[0])
+    if counter.opcode != "get-tuple-element" or end is None or carried is None or carried.opcode != "tuple":
+      return None
+    start = self._constant(loop.computation, carried.operands[int(re.search(r"index=(\d+)", counter.rest)[1])])
+    return None if start is None else end - start
+
+  def _constant(self, computation: str, name: str) -> int | None:
+    """Returns the value of an integer constant, or of a copy of one."""
+    while instruction := self.computations[computation].get(name):
+      if instruction.opcode == "constant" and (number := re.match(r"-?\d+(?=\))", instruction.rest)):
+        return int(number[0])
+      if instruction.opcode not in ("copy", "bitcast"):
+        return None
+      name = instruction.operands[0]
+    return None
 
   def _weight(self, executed: Sequence[tuple[Instruction, int]]) -> tuple[int, int]:
     cycles = sum((instruction.cycles or 0) * times for instruction, times in executed)
@@ -195,6 +221,8 @@ class Program:
       case "dynamic-update-slice" | "scatter":
         update = instruction.operands[1 if instruction.opcode == "dynamic-update-slice" else 2]
         arrays = [*self.computations[instruction.computation][update].results] * 2
+      case "custom-call" if instruction.target.startswith("__cu"):  # the rest of the result is scratch space
+        arrays = arrays[:1] + self.operands(instruction)
       case "fusion":
         arrays = [array for parts in self._through(instruction) for array in parts]
       case _:

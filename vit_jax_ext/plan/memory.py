@@ -55,20 +55,20 @@ def find_remedies(
   num_classes: int,
   examples: int,
   program: str,
-  result: dict[str, Any],
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+  found: dict[str, Any],
+) -> dict[str, list[dict[str, Any]]]:
   """Returns flags with which a program that does not fit would, and the largest arrays; compiles it a few times.
 
   Args:
     config, target, num_classes, examples, program: as for `report.plan`.
-    result: with memory's total and limit, and the largest arrays if it was compiled.
+    found: its result.
 
   Returns:
-    [{"flags", "total"}], the last of which fits if any does; the largest arrays of the program, or else of the last one
-    that compiled.
+    remedies, rows of flags and total bytes, of which the last fits if any does; largest, the arrays of the program, or,
+    where it has not compiled, of the first of those that has.
   """
-  needed, limit = result["memory"]["total"], result["memory"]["limit"]
-  remedies, largest = [], result.get("largest", [])
+  needed, limit = found["memory"]["total"], found["memory"]["limit"]
+  remedies, largest = [], found.get("largest", [])
   for flags, changed in _candidates(config, program, len(target.devices), needed / limit):
     try:
       experiment = Experiment(changed, num_classes, examples, devices=target.devices)
@@ -84,7 +84,7 @@ def find_remedies(
       largest = largest_arrays(hlo, hlo.executed())
     if remedies[-1]["total"] <= limit:
       break
-  return remedies, largest
+  return {"remedies": remedies, "largest": largest}
 
 
 def _candidates(

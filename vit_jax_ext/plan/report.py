@@ -58,12 +58,8 @@ def plan(
   try:
     compilation = compile_program(config, experiment, program)
   except DoesNotFitError as error:
-    result = {"fits": False, "memory": {"total": error.needed, "limit": error.limit}}
-  else:
-    result = measure(config, experiment, target, compilation, program)
-  if not result["fits"]:
-    result["remedies"], result["largest"] = memory.find_remedies(config, target, num_classes, examples, program, result)
-  return about | result
+    return about | {"fits": False, "memory": {"total": error.needed, "limit": error.limit}}
+  return about | measure(config, experiment, target, compilation, program)
 
 
 def measure(
@@ -122,7 +118,8 @@ def _work(hlo: Program, executed: Iterable[tuple[Instruction, int]], kind: Kind 
     moved += hlo.memory_bytes(instruction) * times
     cycles = _cycles(hlo, instruction, kind) * times
     if instruction.cycles is None and cycles:
-      row = counted[f"{instruction.opcode} {instruction.target}".strip()]
+      kernel = f" {instruction.target} {instruction.name.rstrip('.0123456789')}" if instruction.target else ""
+      row = counted[instruction.opcode + kernel]
       row[0], row[1] = row[0] + times, row[1] + cycles
     else:
       estimated += cycles
