@@ -53,6 +53,8 @@ def _count(jaxpr, scope: str = "") -> Counter[str]:
         kernel = operands[1].shape
         out_channels = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
         total[place] += math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // out_channels
+      case "cond":  # jax.lax.platform_dependent, whose default comes last
+        total.update(_count(eqn.params["branches"][-1].jaxpr, place))
       case _:
         times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
         for inner in core.jaxprs_in_params(eqn.params):
