@@ -183,7 +183,7 @@ def _print_time(time: dict[str, float], work: dict[str, Any]) -> None:
     for row in work["counted"][:5]:
       print(f"    {row['cycles'] / 1e6:10,.3f} M  {row['times']:,} x {row['what']}")
   else:
-    print("  from FLOPs and bytes at the published speed: no step can be faster")
+    print("  from FLOPs and bytes at the published speeds alone, which a real step hardly reaches")
   for loop in work["unknown_loops"]:
     print(f"  {loop}: a loop of unknown rounds, counted once")
 
