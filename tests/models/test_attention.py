@@ -146,5 +146,11 @@ def test_what_an_implementation_does_not_take_is_named(monkeypatch):
   q = q.astype(jnp.bfloat16)
   with pytest.raises(vx.UserError, match="multiple of 8 up to 128, not 3"):
     attention.attend(q, q, q, implementation="cudnn", **kw)
+  monkeypatch.setattr(attention, "_cudnn_missing", lambda: "no cuDNN")
+  q = jnp.ones((1, 4, 16), jnp.bfloat16)
+  with pytest.raises(vx.UserError, match=r"attention=cudnn .*: no cuDNN; choose auto or reference"):
+    attention.attend(q, q, q, implementation="cudnn", **kw)
+  y, _ = attention.attend(q, q, q, **kw)  # so auto is the reference
+  np.testing.assert_array_equal(y, q)
   with pytest.raises(vx.UserError, match="'flash' is unknown; choose one of auto, reference, pallas, cudnn"):
     vx.create_model("deit_tiny_patch16_224", rngs=nnx.Rngs(0), attention="flash")

@@ -5,6 +5,7 @@ tokens are images, or images and windows. Maps are (..., heads, queries, keys).
 """
 
 from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -72,8 +73,8 @@ def attend(
     bias: (heads, queries, keys), the same for all windows, or None.
     mask: (windows, queries, keys), 0 or -inf, the same for all heads, or None; has no gradient.
     drop: dropout of the maps, which only the reference knows; None for none.
-    implementation: one of IMPLEMENTATIONS. auto: pallas on TPUs, cudnn on NVIDIA GPUs, and the reference elsewhere and
-      for what they do not take.
+    implementation: one of IMPLEMENTATIONS. auto: pallas on TPUs, cudnn on NVIDIA GPUs where there is no bias or mask,
+      and the reference elsewhere and for what they do not take.
 
   Returns:
     y: (..., queries, C).
@@ -82,6 +83,8 @@ def attend(
   Raises:
     UserError: the implementation does not take this; says why.
   """
+  if implementation == "auto" and not (bias is None and mask is None) and platform() == "gpu":
+    implementation = "reference"  # cuDNN's support for biases hangs on shapes and versions
   implementation = _choose(implementation, _obstacles(q, k, num_heads, drop))
   attn = softmax_attention(q, k, num_heads=num_heads, scale=scale, bias=bias, mask=mask)
   if implementation == "reference":
@@ -189,7 +192,20 @@ def _obstacles(q, k, num_heads, drop) -> dict[str, str]:
     cudnn = f"it takes bfloat16 and float16, not {q.dtype}"
   elif width % 8 or width > 128:
     cudnn = f"it takes heads as wide as a multiple of 8 up to 128, not {width}"
+  elif not cudnn:
+    cudnn = _cudnn_missing()
   return {"reference": "", "pallas": pallas, "cudnn": cudnn}
+
+
+@functools.cache
+def _cudnn_missing() -> str:
+  """Returns why JAX finds no cuDNN that it can use, as when a program is compiled without a GPU; empty if it does."""
+  x = jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.bfloat16)
+  try:
+    jax.eval_shape(lambda x: jax.nn.dot_product_attention(x, x, x, implementation="cudnn"), x)
+  except (RuntimeError, NotImplementedError, ValueError) as error:
+    return str(error).strip().splitlines()[0]
+  return ""
 
 
 def _pallas(q, k, v, bias, mask, num_heads, scale):
