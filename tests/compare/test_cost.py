@@ -70,8 +70,9 @@ def test_what_boat_adds_to_swin():
   clusters = boat.pop("attention in clusters")
   assert boat == swin
   expected = 0
+  # Of a level: three times means of two groups, three times cosines to them.
   for tokens, dim, levels in ((56 * 56, 96, 6), (28 * 28, 192, 4)):
-    expected += 4 * tokens * dim**2 + 2 * tokens * 69 * dim + levels * 5 * 2 * tokens * dim
+    expected += 4 * tokens * dim**2 + 2 * tokens * 69 * dim + levels * 6 * 2 * tokens * dim
   assert clusters == expected
 
 

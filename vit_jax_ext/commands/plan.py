@@ -164,7 +164,7 @@ def _print_way_out(plan: dict[str, Any]) -> None:
   for remedy in plan["remedies"]:
     verdict = "fits" if remedy["total"] <= limit else "does not fit"
     print(f"  {remedy['total'] / GIB:10.2f} GiB, {verdict}: {remedy['flags']}")
-  print("largest arrays" + (":" if "padding" in plan["memory"] else ", of the last one that compiled:"))
+  print("largest arrays" + (":" if "padding" in plan["memory"] else ", of the first of these that compiled:"))
   for row in plan["largest"]:
     print(f"  {row['bytes'] / GIB:10.3f} GiB  {row['number']:3} x {row['array']:28} {row['pass']:8} {row['where']}")
 

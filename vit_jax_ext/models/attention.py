@@ -152,7 +152,8 @@ def reattend(
   """
   width, groups = q.shape[-1] // num_heads, len(mixing)
   attn = softmax_attention(q, k, num_heads=num_heads, scale=scale) - 1 / k.shape[-2]
-  attn = jnp.einsum("gbhqk,ghf->gbfqk", attn.reshape(groups, -1, *attn.shape[1:]), mixing)
+  with jax.named_scope("reatten_matrix"):
+    attn = jnp.einsum("gbhqk,ghf->gbfqk", attn.reshape(groups, -1, *attn.shape[1:]), mixing)
   attn = (attn + shift[:, None, :, None, None]).reshape(-1, *attn.shape[2:])
   if _choose(implementation, _obstacles(q, k, num_heads, None)) != "pallas":
     return weigh(attn, v), attn
