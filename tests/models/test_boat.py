@@ -4,7 +4,7 @@ import functools
 import itertools
 
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 import jax
@@ -33,9 +33,6 @@ BOTH = pytest.mark.parametrize("name", SMALL)
 @jax.jit
 def forward(model, x):
   return model(x)
-
-
-cluster = jax.jit(boat.balanced_clusters, static_argnums=(1, 2))
 
 
 def images(batch, height=32, width=32):
@@ -81,8 +78,11 @@ def normalise(x):
 
 
 def transcription(features, levels, iterations=2):
-  """Balanced hierarchical clustering of (tokens, features), one group after another: the order of the tokens."""
-  groups = [np.arange(len(features))]
+  """Balanced hierarchical clustering of (tokens, features), one group after another.
+
+  Returns the order of the tokens, and the smallest difference between unequal ratios, by which they were ordered.
+  """
+  groups, least = [np.arange(len(features))], np.inf
   for _ in range(levels):
     halves = []
     for group in groups:
@@ -92,22 +92,97 @@ def transcription(features, levels, iterations=2):
         weights = np.exp(100 * normalise(x) @ centroids.T)
         weights /= weights.sum(1, keepdims=True)
         centroids = normalise(weights.T @ x)
-      s = normalise(x) @ centroids.T
-      ordered = group[np.argsort((s[:, 0] + 1) / (s[:, 1] + 1), kind="stable")]
-      halves += [ordered[:middle], ordered[middle:]]
+      # Equal tokens have equal ratios, to the last bit.
+      different, which = np.unique(x, axis=0, return_inverse=True)
+      s = normalise(different) @ centroids.T
+      ratio = (s[:, 0] + 1) / (s[:, 1] + 1)
+      least = min([least, *np.diff(np.sort(ratio))])
+      group = group[np.argsort(ratio[which], kind="stable")]
+      halves += [group[:middle], group[middle:]]
     groups = halves
-  return np.concatenate(groups)
+  return np.concatenate(groups), least
 
 
+FORMS = pytest.mark.parametrize("form", ["default", "tpu"])
+
+
+def compile_as(form, fn, **kw):
+  """Compiles for the CPU what is compiled for TPU, or what is elsewhere."""
+
+  def traced(*args):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(boat, "_on_tpu", lambda **forms: forms[form])
+      return fn(*args)
+
+  return jax.jit(traced, **kw)
+
+
+@functools.cache
+def cluster_as(form):
+  return compile_as(form, boat.balanced_clusters, static_argnums=(1, 2))
+
+
+@FORMS
 @pytest.mark.parametrize(("tokens", "levels", "iterations"), [(784, 4, 2), (140, 1, 2), (64, 6, 1), (96, 5, 0)])
-def test_clustering_is_the_papers(tokens, levels, iterations):
+def test_clustering_is_the_papers(tokens, levels, iterations, form):
   features = np.random.default_rng(tokens).standard_normal((2, 3, tokens, 16))
   with jax.enable_x64(True):
-    order, clusters = cluster(features, levels, iterations)
+    order, clusters = cluster_as(form)(features, levels, iterations)
   for index in np.ndindex(2, 3):
-    expected = transcription(features[index], levels, iterations)
+    expected, _ = transcription(features[index], levels, iterations)
     np.testing.assert_array_equal(order[index], expected)
     np.testing.assert_array_equal(clusters[index][expected], np.arange(tokens) // (tokens >> levels))
+
+
+@FORMS
+@settings(max_examples=50, deadline=None)
+@given(
+  kinds=hnp.arrays(np.int8, (2, 24), elements=st.integers(0, 9)),
+  levels=st.integers(1, 3),
+  seed=st.integers(0, 999),
+)
+def test_equal_tokens_keep_their_order(form, kinds, levels, seed):
+  features = np.random.default_rng(seed).standard_normal((10, 4))[kinds]
+  expected, least = zip(*(transcription(x, levels) for x in features), strict=True)
+  assume(min(least) > 1e-9)  # else rounding decides
+  with jax.enable_x64(True):
+    order, _ = cluster_as(form)(features, levels, 2)
+  np.testing.assert_array_equal(order, expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(a=hnp.arrays(np.float32, (2, 24), elements=st.floats(-1e3, 1e3, width=32)))
+def test_products_in_parts_are_of_full_precision(a):
+  x = np.asarray(jnp.asarray(np.random.default_rng(0).standard_normal((24, 8)), jnp.bfloat16))
+  wide = a.astype(np.float64), x.astype(np.float64)
+  error = np.abs(boat._tpu_einsum("kn,nd->kd", a, x) - wide[0] @ wide[1])
+  assert (error <= 1e-6 * np.abs(wide[0]) @ np.abs(wide[1]) + 1e-30).all()
+
+
+@FORMS
+@pytest.mark.parametrize("inverse", [False, True])
+def test_permutations_and_their_gradients(inverse, form):
+  rng = np.random.default_rng(0)
+  x, g = rng.standard_normal((2, 2, 3, 8, 4)).astype(np.float32)
+  order = rng.permuted(np.broadcast_to(np.arange(8), (2, 3, 8)), axis=-1)
+
+  def pull(x, g):
+    y, vjp = jax.vjp(lambda x: (boat.unpermute if inverse else boat.permute)(x, order), x)
+    return y, vjp(g)[0]
+
+  y, gradient = compile_as(form, pull)(x, g)
+  there, back = (gradient, y) if inverse else (y, gradient)  # what is to be picked, what to be put in its place
+  np.testing.assert_array_equal(there, np.take_along_axis(g if inverse else x, order[..., None], -2))
+  np.testing.assert_array_equal(np.take_along_axis(back, order[..., None], -2), x if inverse else g)
+
+
+def test_tpu_has_one_sort_for_each_level_and_nothing_is_gathered():
+  module = nnx.eval_shape(lambda: attention(dtype=jnp.bfloat16))
+  step = jax.jit(jax.grad(lambda module, x: module(x)[0].astype(jnp.float32).sum()))
+  text = step.trace(module, jax.ShapeDtypeStruct((1, 24, 8), jnp.float32)).lower(lowering_platforms=("tpu",)).as_text()
+  assert text.count("stablehlo.sort") == 3
+  assert "gather" not in text
+  assert "scatter" not in text
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -121,7 +196,7 @@ def test_clustering_is_the_papers(tokens, levels, iterations):
   )
 )
 def test_clustering_is_a_permutation(dtype, data):
-  order, clusters = cluster(jnp.asarray(data, dtype), 3, 2)
+  order, clusters = cluster_as("default")(jnp.asarray(data, dtype), 3, 2)
   np.testing.assert_array_equal(np.sort(order, -1), np.broadcast_to(np.arange(24), (2, 24)))
   np.testing.assert_array_equal([np.bincount(c, minlength=8) for c in clusters], 3)
 
@@ -144,9 +219,9 @@ def test_cluster_size_follows_from_the_tokens(height, width, sizes):
   assert [n >> boat.cluster_levels(n) for n in tokens] == sizes
 
 
-def attention(clustering="balanced", overlap=2, grid=(4, 6)):
+def attention(clustering="balanced", overlap=2, grid=(4, 6), dtype=jnp.float64):
   options = boat.BilateralOptions("both", clustering, overlap, 2, 3)
-  kw = dict(dtype=jnp.float64, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+  kw = dict(dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
   module = boat.FeatureAttention(8, 2, grid, 0.5, options, **kw)
   # A kernel of one number in the middle: the position term is the value of the token itself.
   module.get_v.kernel[...] = jnp.zeros((3, 3, 1, 8)).at[1, 1].set(1.0)
@@ -171,16 +246,17 @@ def expected_attention(module, x, groups):
   return module.proj(y.reshape(len(x), 8))
 
 
+@FORMS
 @pytest.mark.parametrize("overlap", [0, 2, 99])
-def test_feature_attention_is_its_definition(overlap):
+def test_feature_attention_is_its_definition(overlap, form):
   with jax.enable_x64(True):
     module = attention(overlap=overlap)
     x = jax.random.normal(jax.random.key(0), (1, 24, 8), jnp.float64)
-    y, clusters = forward(module, x)
+    y, clusters = compile_as(form, lambda module, x: module(x))(module, x)
     q = packed_qkv(module, x[0])[:, :8].reshape(24, 2, 4)
     lent, groups = min(overlap, 3), []
     for head in range(2):
-      order = transcription(q[:, head], 3).reshape(4, 2, 3)
+      order = transcription(q[:, head], 3)[0].reshape(4, 2, 3)
       groups.append([])
       for cluster, (first, second) in enumerate(order):
         np.testing.assert_array_equal(clusters[0, head][first], 2 * cluster)
