@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.models.attention import attend, widest
+from vit_jax_ext.models.attention import attend, platform, widest
 
 # timm's trunc_normal_(std=0.02) cuts at an absolute 2, a hundred standard deviations away: it is a plain normal.
 token_init = nnx.initializers.normal(0.02)
@@ -270,8 +270,8 @@ def head_dim(dim: int, num_heads: int) -> int:
 class PackedQKV(Linear):
   """Projection to queries, keys and values, (..., C) to three of (..., C), packed in one kernel (C, 3 C).
 
-  The kernel is unpacked and not the result, which would have to be copied apart. But where devices share the heads of
-  an image it is one product: with three, the gradient of x would be summed over the devices three times.
+  On TPUs three products, or the result would have to be copied apart. Elsewhere one, or parts of the kernel are copied;
+  and one where devices share the heads of an image, or the gradient of x would be summed over the devices three times.
   """
 
   def __init__(self, dim: int, **kw):
@@ -282,7 +282,7 @@ class PackedQKV(Linear):
     x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
     kernel = kernel.reshape(len(kernel), 3, shares, -1)[:, :, share]
     bias = self.bias[...].reshape(3, shares, -1)[:, share]
-    if jax.sharding.get_abstract_mesh().shape.get("model", 1) > 1:
+    if platform() != "tpu" or jax.sharding.get_abstract_mesh().shape.get("model", 1) > 1:
       return [*jnp.moveaxis(add_bias(jnp.tensordot(x, kernel, 1), bias), -2, 0)]
     return [add_bias(x @ kernel[:, i], bias[i]) for i in range(3)]
 
