@@ -38,7 +38,7 @@ models.boat
 models.vit  models.deepvit  models.crossvit  models.swin  models.cswin
 models.isotropic  models.pyramid  models.batch_norm
 models.layers  models.functional
-models.attention
+models.attention  models.initial
 models.fused_attention  models.fused_reattention
 models.kernels
 config  console  files

@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax_ext.errors import UserError
+from vit_jax_ext.models import initial
 from vit_jax_ext.models.attention import attend, platform, widest
 
 # timm's trunc_normal_(std=0.02) cuts at an absolute 2, a hundred standard deviations away: it is a plain normal.
-token_init = nnx.initializers.normal(0.02)
+token_init = initial.normal(0.02)
 # Stochastic depth (Huang et al. 2016): drops the residual branch of a whole sample, and scales the ones that stay.
 DropPath = functools.partial(nnx.Dropout, broadcast_dims=(1, 2))
 
@@ -68,11 +69,7 @@ class Conv(nnx.Conv):
     self, dim_in: int, dim_out: int, kernel: int, *, stride: int = 1, padding: int = 0, groups: int = 1, **kw
   ):
     # torch's default, kaiming_uniform(a=sqrt(5)) and likewise the bias: uniform within 1 / sqrt(fan_in).
-    bound = (kernel**2 * dim_in // groups) ** -0.5
-
-    def init(key, shape, dtype):
-      return jax.random.uniform(key, shape, dtype, -bound, bound)
-
+    init = initial.uniform((kernel**2 * dim_in // groups) ** -0.5)
     super().__init__(
       dim_in, dim_out, (kernel, kernel), strides=(stride, stride), padding=((padding, padding),) * 2,
       feature_group_count=groups, kernel_init=init, bias_init=init, **kw,
