@@ -75,6 +75,8 @@ def base_config() -> ConfigDict:
   config.checkpoint = ConfigDict()
   config.checkpoint.every_steps = 1000  # besides one at every evaluation
   config.checkpoint.keep_last = 2  # besides the best
+  # Folder of compiled programs, for the next start; "auto": under the user's cache; "": none.
+  config.compilation_cache = "auto"
   config.mesh = ConfigDict(dict(data=-1, fsdp=1, model=1))
 
   # --config.smoke=True sets what stands below `when_smoke`: two steps and one evaluation, in seconds on a CPU. What

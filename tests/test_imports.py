@@ -41,6 +41,7 @@ models.layers  models.functional
 models.attention  models.initial
 models.fused_attention  models.fused_reattention
 models.kernels
+compilation_cache
 config  console  files
 errors
 """

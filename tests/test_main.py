@@ -154,11 +154,15 @@ def test_unreadable_images_and_foreign_workdirs(run, workdir, tmp_path):
 
 
 def test_killed_run_continues_bitwise(workdir, tmp_path, data_dir):
-  """SIGTERM, then kill -9, then the same command again; metrics and weights are those of the run that was let be."""
+  """SIGTERM, then kill -9, then the same command again; metrics and weights are those of the run that was let be.
+
+  The second and the third start have the programs that the first one compiled.
+  """
   command = [
     sys.executable, "main.py", f"--workdir={tmp_path}", f"--config.dataset.data_dir={data_dir}", *TINY,
   ]  # fmt: skip
-  environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+  environment = os.environ | {"PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+  del environment["JAX_COMPILATION_CACHE_DIR"]
 
   def complete(step):
     return lambda path: path.name.isdecimal() and int(path.name) >= step
@@ -178,8 +182,12 @@ def test_killed_run_continues_bitwise(workdir, tmp_path, data_dir):
   assert status == 75
   saved = checkpoint.latest_step(tmp_path)
   assert stderr.splitlines()[-1] == f"preempted at step {saved} of 20; the same command continues from there"
+  kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache/vit_jax_ext/xla").glob("jit_step-*-cache")}
+  assert kept
   assert start_and_stop(saved + 4, signal.SIGKILL)[1] == -signal.SIGKILL
   assert subprocess.run(command, cwd=os.path.dirname(main.__file__), env=environment).returncode == 0
+  assert kept == {path: path.stat().st_mtime_ns for path in kept}  # used as they are, and no other
+  assert len(list((tmp_path / "cache/vit_jax_ext/xla").glob("jit_step-*"))) == len(kept)
 
   def numbers(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

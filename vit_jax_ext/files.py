@@ -10,6 +10,11 @@ from typing import IO, Any
 from vit_jax_ext.errors import UserError
 
 
+def user_cache() -> str:
+  """Returns our folder under the user's cache."""
+  return os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "vit_jax_ext")
+
+
 @contextlib.contextmanager
 def replace(folder: str, name: str, option: str = "output", *, binary: bool = False) -> Iterator[IO]:
   """Opens a file in `folder`, which is made if needed, for writing; it takes its place when all is written.

@@ -23,6 +23,7 @@ import safetensors.numpy
 
 from vit_jax_ext.console import transfer_bar
 from vit_jax_ext.errors import UserError
+from vit_jax_ext.files import user_cache
 
 Weights = dict[str, np.ndarray]
 
@@ -200,8 +201,7 @@ def _from_google(arrays: Weights) -> Weights:
 
 def weights_cache() -> pathlib.Path:
   """Returns the folder of downloaded weights."""
-  cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-  return pathlib.Path(cache, "vit_jax_ext", "weights")
+  return pathlib.Path(user_cache(), "weights")
 
 
 def _cached(address: str, version: str = "") -> pathlib.Path:

@@ -89,10 +89,12 @@ def resumable() -> Iterator[None]:
 
 def new_experiment(args: argparse.Namespace) -> tuple["ml_collections.ConfigDict", str]:
   """Returns the config that --config names, with the command line's values, and the workdir of its run."""
+  from vit_jax_ext import compilation_cache
   from vit_jax_ext import config as configs
 
   config = configs.load_config(args.config or configs.DEFAULT)
   configs.override(config, args.overrides)
+  compilation_cache.use(config)
   return config, args.workdir or default_workdir(args)
 
 
@@ -137,6 +139,7 @@ def trained_models(
   args: argparse.Namespace, workdirs: Sequence[str]
 ) -> list[tuple["ml_collections.ConfigDict", str | None]]:
   """Returns `trained_model` for several workdirs; without any, for that of --config."""
+  from vit_jax_ext import compilation_cache
   from vit_jax_ext import config as configs
   from vit_jax_ext.workdir.config import read_workdir_config
 
@@ -146,6 +149,7 @@ def trained_models(
     pairs = [(read_workdir_config(workdir), workdir) for workdir in workdirs or [default_workdir(args)]]
   for config, _ in pairs:
     configs.override(config, args.overrides)
+  compilation_cache.use(pairs[0][0])
   return pairs
 
 

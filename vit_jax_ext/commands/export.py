@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> None:
     raise UserError(f"--model={args.model} and --workdir={args.workdir}: give one of them to export")
   if not args.output:
     raise UserError("an export is written into a folder; give --output=DIR")
+  from vit_jax_ext import compilation_cache
   from vit_jax_ext import config as configs
   from vit_jax_ext.export import export
   from vit_jax_ext.workdir.config import read_workdir_config
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> None:
   else:
     config = commands.published_model(args.model, dataset={"crop": None}, pretrained=None)
   configs.override(config, args.overrides)
+  compilation_cache.use(config)
   exported = export(config.model, args.workdir or config.pretrained, args.output, crop=config.dataset.crop)
   commands.print_written(*exported.paths)
   print(f"{config.model.name}, {exported.source}; loaded back, the two files' logits differ by at most "

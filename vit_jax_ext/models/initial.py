@@ -1,7 +1,7 @@
 """Initial values of parameters.
 
-Outside jit JAX compiles a generator for every shape, seconds for a model. There these draw in pieces of one size, by one
-program, and give the values of `jax.random` bit for bit: value i of a draw depends on the key and on i alone.
+Outside jit JAX compiles a generator for every shape, seconds for a model. There these draw in pieces of one size, by
+one program, and give the values of `jax.random` bit for bit: value i of a draw depends on the key and on i alone.
 """
 
 from collections.abc import Callable

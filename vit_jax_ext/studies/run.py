@@ -7,8 +7,7 @@ import os
 import time
 from typing import Any
 
-import jax
-
+from vit_jax_ext import compilation_cache
 from vit_jax_ext.attention import measure, similarity
 from vit_jax_ext.compare import report
 from vit_jax_ext.console import Countdown
@@ -52,8 +51,7 @@ def run_studies(
   ]
   for each in studies:
     each.write(output)
-  if not jax.config.jax_compilation_cache_dir:  # a cell's programs are the same for all seeds
-    jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.path.join(folder, ".compiled")))
+  compilation_cache.use(studies[0].cells[0].runs[0].config)
   _train(studies, output)
   written = [each.write(output) for each in studies]
   paths = dict.fromkeys(path for _, files in written for path in files)

@@ -35,8 +35,8 @@ from vit_jax_ext.training.sharding import axis_sizes
 KIND = "programs of vit_jax_ext, compiled"
 COMPILERS = {"tpu": "libtpu", "gpu": "jax-cuda12-pjrt"}  # packages, by platform; jaxlib has that for CPUs
 # Keys of the config of which no program depends.
-FREE_KEYS = ("config.checkpoint", "config.dataset", "config.eval_every_steps", "config.log_every_steps",
-             "config.pretrained", "config.when_smoke")  # fmt: skip
+FREE_KEYS = ("config.checkpoint", "config.compilation_cache", "config.dataset", "config.eval_every_steps",
+             "config.log_every_steps", "config.pretrained", "config.when_smoke")  # fmt: skip
 
 
 class _UnfitError(Exception):
@@ -45,14 +45,19 @@ class _UnfitError(Exception):
 
 def lower(experiment: Experiment, batch_size: int) -> dict[str, jax.stages.Lowered]:
   """Returns what there is to compile before the first step, `init` and `train_step`; nothing is allocated."""
+  return {
+    "init": experiment.init.func.lower(*experiment.init.args),
+    "train_step": lower_train_step(experiment, batch_size),
+  }
+
+
+def lower_train_step(experiment: Experiment, batch_size: int) -> jax.stages.Lowered:
+  """Returns the training step, to be compiled; nothing is allocated."""
   batch = {
     "image": jax.ShapeDtypeStruct((batch_size, *experiment.model.image_size, 3), jnp.uint8),
     "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
   }
-  return {
-    "init": experiment.init.func.lower(*experiment.init.args),
-    "train_step": experiment.train_step.lower(jax.eval_shape(experiment.init), batch),
-  }
+  return experiment.train_step.lower(jax.eval_shape(experiment.init), batch)
 
 
 @contextlib.contextmanager

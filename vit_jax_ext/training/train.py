@@ -1,6 +1,7 @@
 """The training loop: read top to bottom."""
 
 from collections.abc import Callable
+import concurrent.futures
 import dataclasses
 import time
 
@@ -79,7 +80,12 @@ def train(
     claim_workdir(workdir, config)
   if first_step:
     like = checkpoint.abstract(jax.eval_shape(experiment.init), experiment.places)
-    state = TrainState.from_checkpoint(checkpoint.restore(workdir, first_step, like.checkpoint_items()))
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+      if not compiled:
+        compiling = beside.submit(lambda: ahead.lower_train_step(experiment, config.batch_size).compile())
+      state = TrainState.from_checkpoint(checkpoint.restore(workdir, first_step, like.checkpoint_items()))
+    if not compiled:
+      train_step = compiling.result()
   with distributed.first_process_first("damaged"):  # by now all processes have inspected them
     checkpoint.set_aside(workdir, damaged)
 

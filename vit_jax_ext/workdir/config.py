@@ -8,20 +8,19 @@ import ml_collections
 
 from vit_jax_ext.config import flatten
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.files import write_json
+from vit_jax_ext.files import user_cache, write_json
 
 FILE = "config.json"
 # What may differ when a run is continued: it changes where and how often, not what is computed.
 FREE_KEYS = ("mesh", "checkpoint", "log_every_steps", "eval_every_steps", "dataset.data_dir",
-             "skip_nonfinite")  # fmt: skip
+             "skip_nonfinite", "compilation_cache")  # fmt: skip
 
 
 def default_workdir(spec: str) -> str:
   """Returns the fixed folder of a config, PATH or PATH:ARGUMENT, under the user's cache."""
-  cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
   path, _, argument = spec.partition(":")
   name = pathlib.Path(path).stem + (f"-{argument}" if argument else "")
-  return os.path.join(cache, "vit_jax_ext", name.replace(os.sep, "_"))
+  return os.path.join(user_cache(), name.replace(os.sep, "_"))
 
 
 def read_workdir_config(workdir: str) -> ml_collections.ConfigDict:
