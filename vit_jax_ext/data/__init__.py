@@ -2,8 +2,14 @@
 
 import contextlib
 import os
+import sys
 
-import tensorflow as tf
+# TensorFlow goes on without Keras, which nothing here needs and which takes a third of its import with it.
+_keras = sys.modules.setdefault("keras", None)
+import tensorflow as tf  # noqa: E402
+
+if _keras is None:
+  del sys.modules["keras"]
 
 tf.config.set_visible_devices([], "GPU")  # the accelerators belong to JAX
 with contextlib.suppress(RuntimeError):  # too late if TensorFlow is in use already; then it is only slower
@@ -11,7 +17,6 @@ with contextlib.suppress(RuntimeError):  # too late if TensorFlow is in use alre
 
 # XLA_FLAGS are meant for JAX. TensorFlow's own, older XLA ends the process over a flag that it does not know, so it
 # compiles its first program, which is when it reads them, without any.
-_flags = os.environ.pop("XLA_FLAGS", None)
-tf.function(tf.identity, autograph=False, jit_compile=True)(0)
-if _flags is not None:
+if _flags := os.environ.pop("XLA_FLAGS", None):
+  tf.function(tf.identity, autograph=False, jit_compile=True)(0)
   os.environ["XLA_FLAGS"] = _flags

@@ -1,8 +1,6 @@
 """TFDS builder of the embedded dataset: the 1,797 scanned digits that scikit-learn carries."""
 
 import numpy as np
-import sklearn.datasets
-import sklearn.model_selection
 import tensorflow_datasets as tfds
 
 
@@ -29,6 +27,9 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     )
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager):
+    import sklearn.datasets  # half a second, for what happens once
+    import sklearn.model_selection
+
     digits = sklearn.datasets.load_digits()
     train, test = sklearn.model_selection.train_test_split(
       np.arange(len(digits.target)), test_size=360, stratify=digits.target, random_state=0
