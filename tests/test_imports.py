@@ -26,7 +26,7 @@ training.train  training.predict  export
 training.evaluate  training.ahead
 training.experiment
 training.train_step  training.mixup  training.faults  training.partition  training.distributed  training.accelerators
-training.losses  training.sharding
+training.losses  training.sharding  training.weights
 training.optimizer
 pretrained
 weight_files
@@ -42,7 +42,7 @@ models.attention  models.initial
 models.fused_attention  models.fused_reattention
 models.kernels
 compilation_cache
-config  console  files
+config  console  files  image_files
 errors
 """
 ROW = {name: number for number, row in enumerate(HOUSE.strip().splitlines()) for name in row.split()}
@@ -138,9 +138,9 @@ def test_configs_do_not_import_the_package():
     assert not {name for name in imports(path) if name.startswith("vit_jax_ext")}, path
 
 
-@pytest.mark.parametrize("module", ["vit_jax_ext.models.registry", "vit_jax_ext.training.train_step"])
-def test_models_and_train_step_need_no_tensorflow(module):
-  code = f"import sys, {module}; print(*sorted({HEAVY!r} & set(sys.modules)))"
+@pytest.mark.parametrize("module", ["models.registry", "training.train_step", "training.predict"])
+def test_models_train_step_and_prediction_need_no_tensorflow(module):
+  code = f"import sys, vit_jax_ext.{module}; print(*sorted({HEAVY!r} & set(sys.modules)))"
   result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
   assert result.returncode == 0, result.stderr
   assert result.stdout.strip() == ""
