@@ -36,6 +36,14 @@ def test_other_generators_are_drawn_by_jax():
   )
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_constants(dtype):
+  init = initial.constant(1)
+  for ones in (init(key(0), (2, 3), dtype), jax.jit(lambda key: init(key, (2, 3), dtype))(key(0))):
+    assert isinstance(ones, jax.Array) and ones.dtype == dtype
+    np.testing.assert_array_equal(ones, np.ones((2, 3)))
+
+
 def test_values_under_jit_are_the_same_up_to_rounding():
   def draw(key):
     return initial.normal(0.02)(key, (70, 1000), jnp.float32), initial.uniform(0.1)(key, (30,), jnp.float32)

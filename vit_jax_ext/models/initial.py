@@ -25,7 +25,9 @@ def normal(stddev: float) -> Initializer:
     if not _in_pieces(key, dtype):
       return drawn_by_jax(key, shape, dtype)
     above_minus_one = np.nextafter(np.float32(-1), np.float32(0))
-    return jax.device_put(_draw(key, shape, above_minus_one, 1, _to_normal) * np.float32(stddev))
+    drawn = _draw(key, shape, above_minus_one, 1, _to_normal)
+    drawn *= np.float32(stddev)
+    return jax.device_put(drawn)
 
   return init
 
@@ -37,6 +39,17 @@ def uniform(bound: float) -> Initializer:
     if not _in_pieces(key, dtype):
       return jax.random.uniform(key, shape, dtype, -bound, bound)
     return jax.device_put(_draw(key, shape, -bound, bound, lambda drawn: drawn))
+
+  return init
+
+
+def constant(value: float) -> Initializer:
+  """Returns `initializer(key, shape, dtype)`, which gives the same value everywhere."""
+
+  def init(key, shape, dtype):
+    if isinstance(key, jax.core.Tracer):
+      return jnp.full(shape, value, dtype)
+    return jax.device_put(np.full(shape, value, dtype))
 
   return init
 

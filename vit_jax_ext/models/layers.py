@@ -50,7 +50,7 @@ class Linear(nnx.Linear):
   """A matrix product in `dtype`, (..., dim_in) to (..., dim_out), and a bias."""
 
   def __init__(self, dim_in: int, dim_out: int, **kw):
-    super().__init__(dim_in, dim_out, kernel_init=token_init, **kw)
+    super().__init__(dim_in, dim_out, kernel_init=token_init, bias_init=initial.constant(0), **kw)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
@@ -98,7 +98,8 @@ class LayerNorm(nnx.LayerNorm):
   """
 
   def __init__(self, dim: int, *, dtype: jnp.dtype, stream: bool = False, epsilon: float = 1e-6, **kw):
-    super().__init__(dim, dtype=widest(dtype), epsilon=epsilon, **kw)
+    ones, zeros = initial.constant(1), initial.constant(0)
+    super().__init__(dim, dtype=widest(dtype), epsilon=epsilon, scale_init=ones, bias_init=zeros, **kw)
     self.out_dtype = self.dtype if stream else dtype
 
   def __call__(self, x: jax.Array) -> jax.Array:
