@@ -108,6 +108,19 @@ def on_tpu(monkeypatch):
     ),
     ("deepvit_16b", dict(image_size=16, patch_size=4, embed_dim=24, num_heads=3, depth=2)),
     ("swin_tiny", dict(image_size=16, patch_size=2, embed_dim=12, depths=(2, 2), num_heads=(2, 3), window_size=4)),
+    (
+      "boat_swin_tiny",
+      dict(
+        image_size=16,
+        patch_size=2,
+        embed_dim=12,
+        depths=(2, 2),
+        num_heads=(2, 3),
+        window_size=4,
+        cluster_size=4,
+        overlap=2,
+      ),
+    ),
     ("cswin_tiny", dict(image_size=16, embed_dim=12, depth=(1, 1), num_heads=(2, 4), split_size=(1, 4))),
   ],
 )

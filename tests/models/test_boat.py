@@ -8,13 +8,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 import jax
+from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import vit_jax_ext as vx
 from vit_jax_ext.compare import cost
-from vit_jax_ext.models import boat, registry
+from vit_jax_ext.models import attention as attention_module
+from vit_jax_ext.models import boat, fused_clustering, registry
 
 # Two stages: at 224 pixels 3136 and 784 tokens.
 SMALL = {
@@ -103,84 +105,85 @@ def transcription(features, levels, iterations=2):
   return np.concatenate(groups), least
 
 
-FORMS = pytest.mark.parametrize("form", ["default", "tpu"])
+cluster = jax.jit(boat.balanced_clusters, static_argnums=(1, 2))
 
 
-def compile_as(form, fn, **kw):
-  """Compiles for the CPU what is compiled for TPU, or what is elsewhere."""
-
-  def traced(*args):
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(boat, "_on_tpu", lambda **forms: forms[form])
-      return fn(*args)
-
-  return jax.jit(traced, **kw)
-
-
-@functools.cache
-def cluster_as(form):
-  return compile_as(form, boat.balanced_clusters, static_argnums=(1, 2))
-
-
-@FORMS
 @pytest.mark.parametrize(("tokens", "levels", "iterations"), [(784, 4, 2), (140, 1, 2), (64, 6, 1), (96, 5, 0)])
-def test_clustering_is_the_papers(tokens, levels, iterations, form):
+def test_clustering_is_the_papers(tokens, levels, iterations):
   features = np.random.default_rng(tokens).standard_normal((2, 3, tokens, 16))
   with jax.enable_x64(True):
-    order, clusters = cluster_as(form)(features, levels, iterations)
+    order, clusters = cluster(features, levels, iterations)
   for index in np.ndindex(2, 3):
     expected, _ = transcription(features[index], levels, iterations)
     np.testing.assert_array_equal(order[index], expected)
     np.testing.assert_array_equal(clusters[index][expected], np.arange(tokens) // (tokens >> levels))
 
 
-@FORMS
 @settings(max_examples=50, deadline=None)
 @given(
   kinds=hnp.arrays(np.int8, (2, 24), elements=st.integers(0, 9)),
   levels=st.integers(1, 3),
   seed=st.integers(0, 999),
 )
-def test_equal_tokens_keep_their_order(form, kinds, levels, seed):
+def test_equal_tokens_keep_their_order(kinds, levels, seed):
   features = np.random.default_rng(seed).standard_normal((10, 4))[kinds]
   expected, least = zip(*(transcription(x, levels) for x in features), strict=True)
   assume(min(least) > 1e-9)  # else rounding decides
   with jax.enable_x64(True):
-    order, _ = cluster_as(form)(features, levels, 2)
+    order, _ = cluster(features, levels, 2)
   np.testing.assert_array_equal(order, expected)
 
 
-@settings(max_examples=50, deadline=None)
-@given(a=hnp.arrays(np.float32, (2, 24), elements=st.floats(-1e3, 1e3, width=32)))
-def test_products_in_parts_are_of_full_precision(a):
-  x = np.asarray(jnp.asarray(np.random.default_rng(0).standard_normal((24, 8)), jnp.bfloat16))
-  wide = a.astype(np.float64), x.astype(np.float64)
-  error = np.abs(boat._tpu_einsum("kn,nd->kd", a, x) - wide[0] @ wide[1])
-  assert (error <= 1e-6 * np.abs(wide[0]) @ np.abs(wide[1]) + 1e-30).all()
+@pytest.fixture
+def interpreted():
+  with pltpu.force_tpu_interpret_mode():
+    yield
 
 
-@FORMS
-@pytest.mark.parametrize("inverse", [False, True])
-def test_permutations_and_their_gradients(inverse, form):
+def side_by_side(x):
+  """(B, heads, tokens, features) to (B, tokens, C)."""
+  return jnp.asarray(x).swapaxes(1, 2).reshape(len(x), x.shape[2], -1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+  ("heads", "tokens", "width", "levels", "iterations"), [(3, 48, 48, 3, 2), (5, 56, 8, 1, 1), (2, 40, 4, 2, 0)]
+)
+def test_clustering_by_kernels_is_the_same(heads, tokens, width, levels, iterations, dtype, interpreted):
+  features = jnp.asarray(np.random.default_rng(0).standard_normal((2, heads, tokens, width)), dtype)
+  features = features.at[0, 0, 3:6].set(features[0, 0, :3])  # equal tokens keep their order
+  norm = boat._norm(features.astype(jnp.float32))
+  found = fused_clustering.cluster_order(side_by_side(features), norm, levels, iterations, boat.SHARPNESS)
+  for index in np.ndindex(2, heads):
+    expected, least = transcription(np.asarray(features[index], np.float64), levels, iterations)
+    assert least > 3e-6  # else rounding decides
+    order, place = (np.asarray(x[index]) for x in found)
+    np.testing.assert_array_equal(order, expected)
+    np.testing.assert_array_equal(order[place], np.arange(tokens))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("heads", "tokens", "width"), [(3, 32, 48), (2, 8, 4), (1, 1040, 2)])
+def test_permutations_and_their_gradients(heads, tokens, width, fused, interpreted):
   rng = np.random.default_rng(0)
-  x, g = rng.standard_normal((2, 2, 3, 8, 4)).astype(np.float32)
-  order = rng.permuted(np.broadcast_to(np.arange(8), (2, 3, 8)), axis=-1)
-
-  def pull(x, g):
-    y, vjp = jax.vjp(lambda x: (boat.unpermute if inverse else boat.permute)(x, order), x)
-    return y, vjp(g)[0]
-
-  y, gradient = compile_as(form, pull)(x, g)
-  there, back = (gradient, y) if inverse else (y, gradient)  # what is to be picked, what to be put in its place
-  np.testing.assert_array_equal(there, np.take_along_axis(g if inverse else x, order[..., None], -2))
-  np.testing.assert_array_equal(np.take_along_axis(back, order[..., None], -2), x if inverse else g)
+  order = rng.permuted(np.broadcast_to(np.arange(tokens, dtype=np.int32), (2, heads, tokens)), axis=-1)
+  place = np.argsort(order, axis=-1).astype(np.int32)
+  x, g = rng.standard_normal((2, 2, 2, heads, tokens, width)).astype(np.float32)
+  arrays, dy = ([side_by_side(a) for a in pair] for pair in (x, g))
+  y, vjp = jax.vjp(lambda arrays: boat.permute(arrays, order, place, fused), arrays)
+  for found, a, index in ((y, x, order), (vjp(dy)[0], g, place)):
+    expected = [side_by_side(np.take_along_axis(part, index[..., None], -2)) for part in a]
+    np.testing.assert_array_equal(found, expected)
 
 
-def test_tpu_has_one_sort_for_each_level_and_nothing_is_gathered():
+def test_tpu_has_two_sorts_for_all_levels_and_nothing_is_gathered():
   module = nnx.eval_shape(lambda: attention(dtype=jnp.bfloat16))
   step = jax.jit(jax.grad(lambda module, x: module(x)[0].astype(jnp.float32).sum()))
-  text = step.trace(module, jax.ShapeDtypeStruct((1, 24, 8), jnp.float32)).lower(lowering_platforms=("tpu",)).as_text()
-  assert text.count("stablehlo.sort") == 3
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(attention_module, "platform", lambda: "tpu")
+    traced = step.trace(module, jax.ShapeDtypeStruct((1, 24, 8), jnp.float32))
+  text = traced.lower(lowering_platforms=("tpu",)).as_text()
+  assert text.count("stablehlo.sort") == 2
   assert "gather" not in text
   assert "scatter" not in text
 
@@ -196,7 +199,7 @@ def test_tpu_has_one_sort_for_each_level_and_nothing_is_gathered():
   )
 )
 def test_clustering_is_a_permutation(dtype, data):
-  order, clusters = cluster_as("default")(jnp.asarray(data, dtype), 3, 2)
+  order, clusters = cluster(jnp.asarray(data, dtype), 3, 2)
   np.testing.assert_array_equal(np.sort(order, -1), np.broadcast_to(np.arange(24), (2, 24)))
   np.testing.assert_array_equal([np.bincount(c, minlength=8) for c in clusters], 3)
 
@@ -246,13 +249,12 @@ def expected_attention(module, x, groups):
   return module.proj(y.reshape(len(x), 8))
 
 
-@FORMS
 @pytest.mark.parametrize("overlap", [0, 2, 99])
-def test_feature_attention_is_its_definition(overlap, form):
+def test_feature_attention_is_its_definition(overlap):
   with jax.enable_x64(True):
     module = attention(overlap=overlap)
     x = jax.random.normal(jax.random.key(0), (1, 24, 8), jnp.float64)
-    y, clusters = compile_as(form, lambda module, x: module(x))(module, x)
+    y, clusters = forward(module, x)
     q = packed_qkv(module, x[0])[:, :8].reshape(24, 2, 4)
     lent, groups = min(overlap, 3), []
     for head in range(2):

@@ -93,6 +93,17 @@ def attend(
   return function(q, k, v, bias, mask, num_heads, scale), attn
 
 
+def is_fused(
+  q: jax.Array, k: jax.Array, *, num_heads: int, drop: Callable | None = None, implementation: str = "auto"
+) -> bool:
+  """Returns whether kernels for TPUs do this attention; see `attend` for the arguments.
+
+  Raises:
+    UserError: as there.
+  """
+  return _choose(implementation, _obstacles(q, k, num_heads, drop)) == "pallas"
+
+
 def platform() -> str:
   """Returns what the program that is being traced will run on: cpu, gpu or tpu."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -117,8 +128,7 @@ def map_covariance(
   Returns:
     (B / images, heads, heads), at least float32.
   """
-  obstacles = _obstacles(q, k, num_heads, None)
-  if _choose(implementation, obstacles) == "pallas":
+  if is_fused(q, k, num_heads=num_heads, implementation=implementation):
     sums = covariance_sums(q[:, None], k[:, None], q.shape[-1] // num_heads, scale)
   else:
     attn = softmax_attention(q, k, num_heads=num_heads, scale=scale) - 1 / k.shape[-2]
@@ -155,7 +165,7 @@ def reattend(
   with jax.named_scope("reatten_matrix"):
     attn = jnp.einsum("gbhqk,ghf->gbfqk", attn.reshape(groups, -1, *attn.shape[1:]), mixing)
   attn = (attn + shift[:, None, :, None, None]).reshape(-1, *attn.shape[2:])
-  if _choose(implementation, _obstacles(q, k, num_heads, None)) != "pallas":
+  if not is_fused(q, k, num_heads=num_heads, implementation=implementation):
     return weigh(attn, v), attn
   t, s = (jnp.repeat(jnp.repeat(x, width, axis=-1), len(q) // groups, axis=0) for x in (mixing, shift))
   return mix_heads(q[:, None], k[:, None], v[:, None], t, s[:, None], width, scale)[:, 0], attn

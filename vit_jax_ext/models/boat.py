@@ -12,7 +12,6 @@ cluster has no sibling, so no overlap, where the released CSWin variant borrows 
 batch in its last stage. An image's output never depends on the rest of its batch here.
 """
 
-from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -20,10 +19,11 @@ import math
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.models import layers
-from vit_jax_ext.models.attention import split_heads, widest
+from vit_jax_ext.models import fused_clustering, layers
+from vit_jax_ext.models.attention import softmax_attention, split_heads, weigh, widest
 from vit_jax_ext.models.cswin import CSWin, CSWinBlock
 from vit_jax_ext.models.layers import Linear, drop
 from vit_jax_ext.models.pyramid import Grid, LayerNorm
@@ -51,63 +51,35 @@ def _normalise(x: jax.Array) -> jax.Array:
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def _tpu_einsum(subscripts: str, a: jax.Array, x: jax.Array) -> jax.Array:
-  """`_einsum` of float32 (..., k, m) with bfloat16 features, in one pass of the matrix unit where it takes six.
+def _norm(x: jax.Array) -> jax.Array:
+  """Returns the length of the features along the last axis, positive."""
+  return jnp.maximum(jnp.linalg.norm(x, axis=-1), 1e-12)
 
-  Three bfloat16 numbers make up a float32 one; they lie side by side, in the axis k of `a` and of the result.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def permute(arrays: list[jax.Array], order: jax.Array, place: jax.Array, fused: bool) -> list[jax.Array]:
+  """Brings the tokens of arrays into order, for each head those of its own.
+
+  Args:
+    arrays: (B, tokens, C), the heads side by side.
+    order: the token at each place, (B, heads, tokens).
+    place: the place of each token, its inverse; given in turns they bring tokens back.
+    fused: by `fused_clustering`.
   """
-  if x.dtype != jnp.bfloat16:
-    return _einsum(subscripts, a, x)
-  parts = []
-  for _ in range(3):
-    parts.append(jax.lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7))
-    a = a - parts[-1]
-  parts = jnp.concatenate(parts, axis=-2).astype(x.dtype)
-  return sum(jnp.split(jnp.einsum(subscripts, parts, x, preferred_element_type=jnp.float32), 3, axis=-2))
-
-
-def _gather(x: jax.Array, order: jax.Array) -> jax.Array:
-  return jnp.take_along_axis(x, order[..., None], axis=-2)
-
-
-def _scatter(x: jax.Array, order: jax.Array) -> jax.Array:
-  return _gather(x, jnp.argsort(order, axis=-1))
-
-
-def _one_hot(order: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Returns the permutation as a matrix (..., token, place); the other way round it would cost three times as much."""
-  return (order[..., None, :] == jnp.arange(order.shape[-1])[:, None]).astype(dtype)
-
-
-def _tpu_gather(x: jax.Array, order: jax.Array) -> jax.Array:
-  """`_gather` as a product, which is exact: on TPU several times as fast, though quadratic, and without copies."""
-  return _einsum("...tp,...tc->...pc", _one_hot(order, x.dtype), x)
-
-
-def _tpu_scatter(x: jax.Array, order: jax.Array) -> jax.Array:
-  return _einsum("...tp,...pc->...tc", _one_hot(order, x.dtype), x)
-
-
-def _on_tpu(*, tpu: Callable, default: Callable) -> Callable:
-  """Returns the function that is `tpu` where it is compiled for TPU, and `default` elsewhere."""
-  return functools.partial(jax.lax.platform_dependent, tpu=tpu, default=default)
-
-
-@jax.custom_vjp
-def permute(x: jax.Array, order: jax.Array) -> jax.Array:
-  """Brings (..., tokens, features) into the order of `order` (..., tokens)."""
-  return _on_tpu(tpu=_tpu_gather, default=_gather)(x, order)
-
-
-@jax.custom_vjp
-def unpermute(x: jax.Array, order: jax.Array) -> jax.Array:
-  """Inverse of `permute`."""
-  return _on_tpu(tpu=_tpu_scatter, default=_scatter)(x, order)
+  if fused:
+    return fused_clustering.move(arrays, place)
+  order = order.swapaxes(1, 2)[..., None]
+  return [
+    jnp.take_along_axis(split_heads(x, order.shape[2]), order, axis=1, mode="promise_in_bounds").reshape(x.shape)
+    for x in arrays
+  ]
 
 
 # The gradient of a permutation is the inverse one; JAX would add up rows that do not meet.
-permute.defvjp(lambda x, order: (permute(x, order), order), lambda order, g: (unpermute(g, order), None))
-unpermute.defvjp(lambda x, order: (unpermute(x, order), order), lambda order, g: (permute(g, order), None))
+permute.defvjp(
+  lambda arrays, order, place, fused: (permute(arrays, order, place, fused), (order, place)),
+  lambda fused, indices, g: (permute(g, *reversed(indices), fused), None, None),
+)
 
 
 def balanced_clusters(features: jax.Array, levels: int, iterations: int = 2) -> tuple[jax.Array, jax.Array]:
@@ -129,37 +101,25 @@ def balanced_clusters(features: jax.Array, levels: int, iterations: int = 2) -> 
     order: (..., tokens) int, a permutation: cluster after cluster; clusters 2i and 2i + 1 are siblings.
     clusters: (..., tokens) int, the cluster of each token, all of the same size.
   """
-  order = _on_tpu(
-    tpu=lambda x: _order(x, levels, iterations, _tpu_gather, _tpu_einsum),
-    default=lambda x: _order(x.astype(widest(x.dtype)), levels, iterations, _gather, _einsum),
-  )(jax.lax.stop_gradient(features))
-  return order, jnp.argsort(order, axis=-1) // (features.shape[-2] >> levels)
-
-
-def _order(features, levels: int, iterations: int, gather: Callable, einsum: Callable) -> jax.Array:
-  """Returns the order of `balanced_clusters`. Only it goes from level to level; the features stay where they are."""
-  *batch, tokens, dim = features.shape
-  order = jnp.broadcast_to(jnp.arange(tokens), (*batch, tokens))
-  norm = jnp.linalg.norm(features.astype(widest(features.dtype)), axis=-1)
-  norm = jnp.maximum(norm, 1e-12)
+  x = jax.lax.stop_gradient(features).astype(widest(features.dtype))
+  *batch, tokens, dim = x.shape
+  order, norm = jnp.broadcast_to(jnp.arange(tokens), (*batch, tokens)), _norm(x)
   for level in range(levels):
-    x = gather(features, order) if level else features
-    x = x.reshape(*batch, 2**level, -1, dim)
-    half = x.shape[-2] // 2
-    order, norm = (a.reshape(x.shape[:-1]) for a in (order, norm))
+    # Only the order goes from level to level; the features stay where they are.
+    groups = jnp.take_along_axis(x, order[..., None], axis=-2).reshape(*batch, 2**level, -1, dim)
+    half = groups.shape[-2] // 2
+    order, norm = (a.reshape(groups.shape[:-1]) for a in (order, norm))
 
-    def cosines(centroids, x=x, norm=norm):
-      return einsum("...kd,...nd->...kn", _normalise(centroids), x) / norm[..., None, :]
+    def cosines(centroids, groups=groups, norm=norm):
+      return _einsum("...kd,...nd->...kn", _normalise(centroids), groups) / norm[..., None, :]
 
-    first = jnp.arange(2 * half) < half
-    weights = jnp.broadcast_to(jnp.stack([first, ~first]).astype(norm.dtype), (*x.shape[:-2], 2, 2 * half))
-    cosine = cosines(einsum("...kn,...nd->...kd", weights, x) / half)
+    cosine = cosines(groups.reshape(*groups.shape[:-2], 2, half, dim).mean(axis=-2))
     for _ in range(iterations):
       weights = jax.nn.sigmoid(SHARPNESS * (cosine - cosine[..., ::-1, :]))  # softmax over two
-      cosine = cosines(einsum("...kn,...nd->...kd", weights, x))
+      cosine = cosines(_einsum("...kn,...nd->...kd", weights, groups))
     ratio = (cosine[..., 0, :] + 1) / (cosine[..., 1, :] + 1)
     _, order, norm = (a.reshape(*batch, tokens) for a in jax.lax.sort((ratio, order, norm), num_keys=1))
-  return order
+  return order, jnp.argsort(order, axis=-1) // (tokens >> levels)
 
 
 def kmeans_clusters(features: jax.Array, num_clusters: int, iterations: int = 2) -> jax.Array:
@@ -177,16 +137,15 @@ def kmeans_clusters(features: jax.Array, num_clusters: int, iterations: int = 2)
   return _einsum("...nd,...kd->...nk", x, centroids).argmax(axis=-1)
 
 
-def add_overlap(groups: jax.Array, overlap: int) -> jax.Array:
-  """Lends each cluster its sibling's nearest tokens: (..., clusters, n, features) to (..., clusters, n + overlap, ...).
+def overlap_mask(size: int, overlap: int) -> np.ndarray:
+  """Returns which tokens of a pair of clusters each of them attends to, 0 or -inf, (2 * size, 2 * size).
 
-  In the order of `balanced_clusters` siblings meet at the cut: the first cluster of a pair gets the first tokens of the
-  second, the second the last of the first.
+  In the order of `balanced_clusters` siblings meet at the cut: the first cluster of a pair gets the first `overlap`
+  tokens of the second as keys and values, the second the last of the first: those nearest to it.
   """
-  *batch, clusters, size, dim = groups.shape
-  pairs = groups.reshape(*batch, clusters // 2, 2 * size, dim)
-  pairs = jnp.stack([pairs[..., : size + overlap, :], pairs[..., size - overlap :, :]], axis=-3)
-  return pairs.reshape(*batch, clusters, size + overlap, dim)
+  query, key = np.indices((2 * size, 2 * size))
+  seen = np.where(query < size, key < size + overlap, key >= size - overlap)
+  return np.where(seen, 0, -np.inf).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +167,7 @@ class BilateralOptions:
         raise UserError(f"{name} {getattr(self, name)} is too small; give {least} or more")
 
 
-class FeatureAttention(nnx.Module):
+class FeatureAttention(layers.MultiHeadAttention):
   """Feature-space local attention, FSLA (section 3.2): each head attends inside its own clusters of queries.
 
   The position term `get_v` is a depthwise convolution of the values over the whole image.
@@ -230,46 +189,47 @@ class FeatureAttention(nnx.Module):
     proj_drop_rate: float = 0.0,
     **kw,
   ):
-    self.num_heads, self.grid, self.scale, self.options = num_heads, grid, scale, options
+    super().__init__(dim, num_heads, attn_drop_rate, proj_drop_rate)
+    self.grid, self.scale, self.options = grid, scale, options
     self.levels = cluster_levels(math.prod(grid), options.cluster_size)
     self.qkv = layers.PackedQKV(dim, **kw)
     self.proj = Linear(dim, dim, **kw)
     self.get_v = layers.DepthwiseConv(dim, **kw)
-    self.attn_drop = nnx.Dropout(attn_drop_rate)
-    self.proj_drop = nnx.Dropout(proj_drop_rate)
-
-  def mix(self, q: jax.Array, k: jax.Array, v: jax.Array, rngs: nnx.Rngs | None, mask: jax.Array | None = None):
-    """Attention over the last two axes (tokens, head_dim), to the keys where `mask` (..., queries, keys) is true."""
-    logits = jnp.einsum("...qd,...kd->...qk", q, k, preferred_element_type=widest(q.dtype))
-    attn = jax.nn.softmax(logits * self.scale, axis=-1, where=mask)
-    return jnp.einsum("...qk,...kd->...qd", drop(self.attn_drop, attn, rngs).astype(v.dtype), v)
 
   def attend_balanced(self, q, k, v, rngs: nnx.Rngs | None) -> tuple[jax.Array, jax.Array]:
     """Attention inside equal clusters, of tokens laid side by side; linear in their number."""
+    batch, tokens, dim = q.shape
     if not self.levels:
-      return self.mix(q, k, v, rngs), jnp.zeros(q.shape[:-1], int)
-    order, clusters = balanced_clusters(q, self.levels, self.options.iterations)
-    groups = (*q.shape[:2], 2**self.levels, -1, q.shape[-1])
-    q_groups, k_groups, v_groups = (permute(x, order).reshape(groups) for x in (q, k, v))
-    overlap = min(self.options.overlap, q_groups.shape[-2])
-    k_groups, v_groups = (add_overlap(x, overlap) for x in (k_groups, v_groups))
-    y = self.mix(q_groups, k_groups, v_groups, rngs).reshape(q.shape)
-    return unpermute(y, order), clusters
+      return self.attend(q, k, v, rngs)[0], jnp.zeros((batch, self.num_heads, tokens), int)
+    size = tokens >> self.levels
+    pairs = (batch, -1, 2 * size, dim)
+    fused = self.is_fused(*(x.reshape(pairs) for x in (q, k)), rngs)
+    queries = jax.lax.stop_gradient(q)
+    heads = split_heads(queries, self.num_heads).swapaxes(1, 2)
+    if fused:
+      norm = _norm(heads.astype(widest(q.dtype)))
+      order, place = fused_clustering.cluster_order(queries, norm, self.levels, self.options.iterations, SHARPNESS)
+    else:
+      order, _ = balanced_clusters(heads, self.levels, self.options.iterations)
+      place = jnp.argsort(order, axis=-1)
+    q, k, v = (x.reshape(pairs) for x in permute([q, k, v], order, place, fused))
+    mask = overlap_mask(size, min(self.options.overlap, size))
+    y, _ = self.attend(q, k, v, rngs, mask=jnp.broadcast_to(mask, (q.shape[1], *mask.shape)))
+    (y,) = permute([y.reshape(batch, tokens, dim)], place, order, fused)
+    return y, place // size
 
   def attend_kmeans(self, q, k, v, rngs: nnx.Rngs | None) -> tuple[jax.Array, jax.Array]:
     """Attention inside unequal clusters. Any may hold all tokens, so each is padded to all, and masked: quadratic."""
-    clusters = kmeans_clusters(q, 2**self.levels, self.options.iterations)
-    return self.mix(q, k, v, rngs, clusters[..., :, None] == clusters[..., None, :]), clusters
+    clusters = kmeans_clusters(split_heads(q, self.num_heads).swapaxes(1, 2), 2**self.levels, self.options.iterations)
+    mask = jnp.where(clusters[..., :, None] == clusters[..., None, :], 0, -jnp.inf)
+    attn = softmax_attention(q, k, num_heads=self.num_heads, scale=self.scale, bias=mask)
+    return weigh(drop(self.attn_drop, attn, rngs), v), clusters
 
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, jax.Array]:
     """Returns the new tokens (B, N, C) and the cluster of each token for each head, (B, heads, N) int."""
-    batch, tokens, dim = x.shape
-    *_, values = projected = self.qkv(x)
-    q, k, v = (split_heads(y, self.num_heads).swapaxes(1, 2) for y in projected)
-    attend = self.attend_balanced if self.options.clustering == "balanced" else self.attend_kmeans
-    y, clusters = attend(q, k, v, rngs)
-    y = y.swapaxes(1, 2).reshape(batch, tokens, dim)
-    y = y + self.get_v(values.reshape(batch, *self.grid, dim)).reshape(y.shape)
+    q, k, v = self.qkv(x)
+    y, clusters = (self.attend_balanced if self.options.clustering == "balanced" else self.attend_kmeans)(q, k, v, rngs)
+    y = y + self.get_v(v.reshape(len(x), *self.grid, -1)).reshape(y.shape)
     return drop(self.proj_drop, self.proj(y), rngs), clusters
 
 

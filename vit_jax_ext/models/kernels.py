@@ -132,7 +132,7 @@ def on_each_device(
       return P(heads) if name == "bias" else P()
     if heads is None:
       return P(images)
-    return P(images, heads) if name == "dbias" else P(images, None, None, heads)
+    return P(images, None, None, heads) if name.lstrip("d") in ("q", "k", "v", "y") else P(images, heads)
 
   return jax.shard_map(
     lambda *values: tuple(function(dict(zip(arrays, values, strict=True)))),

@@ -14,6 +14,7 @@ gradients. What a product takes and gives is of `dtype`.
 from collections.abc import Callable
 import functools
 import math
+from typing import Any
 
 from flax import nnx
 import jax
@@ -22,7 +23,7 @@ import numpy as np
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import initial
-from vit_jax_ext.models.attention import attend, platform, widest
+from vit_jax_ext.models.attention import attend, is_fused, platform, widest
 
 # timm's trunc_normal_(std=0.02) cuts at an absolute 2, a hundred standard deviations away: it is a plain normal.
 token_init = initial.normal(0.02)
@@ -301,10 +302,15 @@ class MultiHeadAttention(nnx.Module):
 
   def attend(self, q, k, v, rngs: nnx.Rngs | None, **kw) -> tuple[jax.Array, jax.Array]:
     """Calls `attention.attend` with what the module knows; **kw: bias, mask."""
+    return attend(q, k, v, scale=self.scale, **self._known(rngs), **kw)
+
+  def is_fused(self, q, k, rngs: nnx.Rngs | None) -> bool:
+    """Calls `attention.is_fused` with what the module knows."""
+    return is_fused(q, k, **self._known(rngs))
+
+  def _known(self, rngs: nnx.Rngs | None) -> dict[str, Any]:
     dropped = functools.partial(drop, self.attn_drop, rngs=rngs) if rngs and self.attn_drop.rate else None
-    return attend(
-      q, k, v, num_heads=self.num_heads, scale=self.scale, drop=dropped, implementation=self.implementation, **kw
-    )
+    return dict(num_heads=self.num_heads, drop=dropped, implementation=self.implementation)
 
 
 class Attention(MultiHeadAttention):

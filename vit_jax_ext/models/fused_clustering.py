@@ -1,0 +1,130 @@
+"""Balanced clustering on a TPU, and the permutations it asks for: Pallas kernels.
+
+Features never move while they are clustered. What a level needs of the order is each token's place in it, so a kernel
+finds the centroids of all groups at once, as products with a matrix (group, token) that it makes on the chip, and gives
+back one number a token, by which XLA sorts. The levels are rounds of one loop, whose two sorts compile once. Nor does a
+permutation move rows one by one: it is a product with a matrix of zeros and ones, made on the chip as well.
+"""
+
+import functools
+
+import jax
+from jax.experimental import pallas as pl
+import jax.numpy as jnp
+
+from vit_jax_ext.models.kernels import call, head_groups, like, on_each_device, own_lanes, product
+
+ROWS = 512  # of a permutation's matrix that are made at a time
+
+
+def _precise(a, x, axis_a, axis_x):
+  """Returns `kernels.product` of float32 a with x to full precision.
+
+  Three bfloat16 numbers make up a float32 one; with bfloat16 x one product of the three, side by side, does.
+  """
+  if x.dtype != jnp.bfloat16:
+    return jax.lax.dot_general(
+      a, x, (((axis_a,), (axis_x,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+  parts = []
+  for _ in range(3):
+    parts.append(a.astype(x.dtype))
+    a = a - parts[-1].astype(jnp.float32)
+  whole = product(jnp.concatenate(parts, axis=0), x, axis_a, axis_x)
+  return sum(whole[i * len(a) : (i + 1) * len(a)] for i in range(3))
+
+
+def _ratio_kernel(x_ref, norm_ref, place_ref, size_ref, ratio_ref, *, width, groups, iterations, sharpness):
+  size = size_ref[0, 0, 0]
+  for lanes, heads in head_groups(x_ref.shape[-1], width):
+    x = x_ref[0, 0, :, lanes]
+    start = jax.lax.broadcasted_iota(jnp.int32, (groups, len(x)), 0) * size
+    for i, head in enumerate(heads):
+      own, norm = own_lanes(i, lanes.size, width), norm_ref[0, pl.ds(head, 1)]
+      within = place_ref[0, pl.ds(head, 1)] - start
+      inside = (within >= 0) & (within < size)
+
+      def cosines(first, x=x, own=own, norm=norm, inside=inside):
+        weights = jnp.concatenate([jnp.where(inside, w, 0) for w in (first, 1 - first)], axis=0)
+        centroids = jnp.where(own, _precise(weights, x, 1, 0), 0)
+        length = jnp.sqrt((centroids * centroids).sum(axis=1, keepdims=True))
+        cosine = _precise(centroids / jnp.maximum(length, 1e-12), x, 1, 1)
+        return [jnp.where(inside, c, 0).sum(axis=0, keepdims=True) / norm for c in (cosine[:groups], cosine[groups:])]
+
+      c0, c1 = cosines((2 * within < size).astype(jnp.float32))
+      for _ in range(iterations):
+        c0, c1 = cosines(1 / (1 + jnp.exp(sharpness * (c1 - c0))))
+      ratio_ref[0, pl.ds(head, 1)] = (c0 + 1) / (c1 + 1)
+
+
+def cluster_order(
+  x: jax.Array, norm: jax.Array, levels: int, iterations: int, sharpness: float
+) -> tuple[jax.Array, jax.Array]:
+  """Balanced hierarchical clustering, see `boat.balanced_clusters`.
+
+  Args:
+    x: features (B, tokens, C), the heads side by side.
+    norm: of each token's features in each head, (B, heads, tokens) float32, positive.
+    levels, iterations: see there; at least one level.
+    sharpness: of the soft assignment.
+
+  Returns:
+    order: the token at each place, (B, heads, tokens) int32.
+    place: the place of each token, its inverse.
+  """
+  tokens, width = x.shape[1], x.shape[2] // norm.shape[1]
+  kernel = functools.partial(
+    _ratio_kernel, width=width, groups=2 ** (levels - 1), iterations=iterations, sharpness=sharpness
+  )
+
+  def run(arrays):
+    token = jax.lax.broadcasted_iota(jnp.int32, arrays["norm"].shape, 2)
+
+    def halve(level, found):
+      _, place = found
+      size = tokens >> level
+      sizes = jnp.full((len(token), 1, 1), size)
+      flops = 4 * (iterations + 1) * 2**levels * arrays["q"].size
+      (ratio,) = call(kernel, {**arrays, "place": place, "size_scalars": sizes}, {"ratio": like(arrays["norm"])}, flops)
+      *_, order = jax.lax.sort((place // size, ratio, place, token), num_keys=3, is_stable=False)
+      return order, jax.lax.sort((order, token), num_keys=1, is_stable=False)[1]
+
+    return jax.lax.fori_loop(0, levels, halve, (token, token))
+
+  return on_each_device(run, {"q": x[:, None], "norm": norm}, ["order", "place"], norm.shape[1])
+
+
+def _move_kernel(index_ref, *refs, width, rows):
+  sources, results = refs[: len(refs) // 2], refs[len(refs) // 2 :]
+  for head in range(index_ref.shape[1]):
+    lanes, index = pl.ds(head * width, width), index_ref[0, pl.ds(head, 1)]
+    x = jnp.concatenate([ref[0, 0, :, lanes] for ref in sources], axis=1)
+    precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+
+    @pl.loop(0, index.shape[1] // rows)
+    def _(block, x=x, index=index, lanes=lanes, precision=precision):
+      first = pl.multiple_of(block * rows, rows)
+      own = jax.lax.broadcasted_iota(jnp.int32, (rows, index.shape[1]), 0) == index - first
+      y = jnp.dot(own.astype(x.dtype), x, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
+      for i, ref in enumerate(results):
+        ref[0, 0, pl.ds(first, rows), lanes] = y[:, i * width : (i + 1) * width]
+
+
+def move(arrays: list[jax.Array], index: jax.Array) -> list[jax.Array]:
+  """Moves tokens, for each head those of its own: row n becomes row index[b, h, n]. Exact.
+
+  Args:
+    arrays: up to three, (B, tokens, C), the heads side by side.
+    index: a permutation, (B, heads, tokens) int32.
+  """
+  heads, tokens = index.shape[1:]
+  rows = max(d for d in range(1, tokens + 1) if tokens % d == 0 and (d == tokens or (d <= ROWS and d % 16 == 0)))
+  kernel = functools.partial(_move_kernel, width=arrays[0].shape[-1] // heads, rows=rows)
+  names = ["q", "k", "v"][: len(arrays)]
+
+  def run(given):
+    flops = 2 * len(names) * given["q"].size * tokens
+    return call(kernel, given, {f"d{name}": like(given[name]) for name in names}, flops)
+
+  given = {"index": index, **{name: x[:, None] for name, x in zip(names, arrays, strict=True)}}
+  return [y[:, 0] for y in on_each_device(run, given, [f"d{name}" for name in names], heads)]
