@@ -10,6 +10,7 @@ import pytest
 import vit_jax_ext as vx
 from vit_jax_ext.models import attention
 from vit_jax_ext.models.fused_attention import fused_attention
+from vit_jax_ext.models.fused_depthwise import depthwise_conv
 from vit_jax_ext.models.fused_reattention import covariance_sums, mix_heads
 
 
@@ -167,3 +168,18 @@ def test_what_an_implementation_does_not_take_is_named(monkeypatch):
   np.testing.assert_array_equal(y, q)
   with pytest.raises(vx.UserError, match="'flash' is unknown; choose one of auto, reference, pallas, cudnn"):
     vx.create_model("deit_tiny_patch16_224", rngs=nnx.Rngs(0), attention="flash")
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7, 6), (2, 8, 8, 130), (4, 1, 9, 4)])
+def test_the_kernel_is_a_depthwise_convolution(shape):
+  x, dy, kernel, bias = draw(shape, shape, (9, shape[-1]), (1, shape[-1]))
+
+  def plain(x, kernel, bias):
+    kernel = kernel.reshape(3, 3, 1, -1)
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    y = jax.lax.conv_general_dilated(
+      x, kernel, (1, 1), "SAME", dimension_numbers=dimensions, feature_group_count=shape[-1], precision="highest"
+    )
+    return y + bias[0]
+
+  check_same(depthwise_conv, plain, dy, x, kernel, bias)

@@ -152,8 +152,7 @@ def side_by_side(x):
 def test_clustering_by_kernels_is_the_same(heads, tokens, width, levels, iterations, dtype, interpreted):
   features = jnp.asarray(np.random.default_rng(0).standard_normal((2, heads, tokens, width)), dtype)
   features = features.at[0, 0, 3:6].set(features[0, 0, :3])  # equal tokens keep their order
-  norm = boat._norm(features.astype(jnp.float32))
-  found = fused_clustering.cluster_order(side_by_side(features), norm, levels, iterations, boat.SHARPNESS)
+  found = fused_clustering.cluster_order(side_by_side(features), heads, levels, iterations, boat.SHARPNESS)
   for index in np.ndindex(2, heads):
     expected, least = transcription(np.asarray(features[index], np.float64), levels, iterations)
     assert least > 3e-6  # else rounding decides

@@ -51,11 +51,6 @@ def _normalise(x: jax.Array) -> jax.Array:
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def _norm(x: jax.Array) -> jax.Array:
-  """Returns the length of the features along the last axis, positive."""
-  return jnp.maximum(jnp.linalg.norm(x, axis=-1), 1e-12)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def permute(arrays: list[jax.Array], order: jax.Array, place: jax.Array, fused: bool) -> list[jax.Array]:
   """Brings the tokens of arrays into order, for each head those of its own.
@@ -103,7 +98,8 @@ def balanced_clusters(features: jax.Array, levels: int, iterations: int = 2) -> 
   """
   x = jax.lax.stop_gradient(features).astype(widest(features.dtype))
   *batch, tokens, dim = x.shape
-  order, norm = jnp.broadcast_to(jnp.arange(tokens), (*batch, tokens)), _norm(x)
+  order, norm = jnp.broadcast_to(jnp.arange(tokens), (*batch, tokens)), jnp.linalg.norm(x, axis=-1)
+  norm = jnp.maximum(norm, 1e-12)
   for level in range(levels):
     # Only the order goes from level to level; the features stay where they are.
     groups = jnp.take_along_axis(x, order[..., None], axis=-2).reshape(*batch, 2**level, -1, dim)
@@ -204,12 +200,12 @@ class FeatureAttention(layers.MultiHeadAttention):
     size = tokens >> self.levels
     pairs = (batch, -1, 2 * size, dim)
     fused = self.is_fused(*(x.reshape(pairs) for x in (q, k)), rngs)
-    queries = jax.lax.stop_gradient(q)
-    heads = split_heads(queries, self.num_heads).swapaxes(1, 2)
     if fused:
-      norm = _norm(heads.astype(widest(q.dtype)))
-      order, place = fused_clustering.cluster_order(queries, norm, self.levels, self.options.iterations, SHARPNESS)
+      order, place = fused_clustering.cluster_order(
+        jax.lax.stop_gradient(q), self.num_heads, self.levels, self.options.iterations, SHARPNESS
+      )
     else:
+      heads = split_heads(q, self.num_heads).swapaxes(1, 2)
       order, _ = balanced_clusters(heads, self.levels, self.options.iterations)
       place = jnp.argsort(order, axis=-1)
     q, k, v = (x.reshape(pairs) for x in permute([q, k, v], order, place, fused))

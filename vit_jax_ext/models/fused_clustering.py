@@ -23,9 +23,7 @@ def _precise(a, x, axis_a, axis_x):
   Three bfloat16 numbers make up a float32 one; with bfloat16 x one product of the three, side by side, does.
   """
   if x.dtype != jnp.bfloat16:
-    return jax.lax.dot_general(
-      a, x, (((axis_a,), (axis_x,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
+    return jax.lax.dot_general(a, x, (((axis_a,), (axis_x,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
   parts = []
   for _ in range(3):
     parts.append(a.astype(x.dtype))
@@ -34,13 +32,15 @@ def _precise(a, x, axis_a, axis_x):
   return sum(whole[i * len(a) : (i + 1) * len(a)] for i in range(3))
 
 
-def _ratio_kernel(x_ref, norm_ref, place_ref, size_ref, ratio_ref, *, width, groups, iterations, sharpness):
+def _ratio_kernel(x_ref, place_ref, size_ref, ratio_ref, *, width, groups, iterations, sharpness):
   size = size_ref[0, 0, 0]
   for lanes, heads in head_groups(x_ref.shape[-1], width):
     x = x_ref[0, 0, :, lanes]
+    square = jnp.square(x.astype(jnp.float32))
     start = jax.lax.broadcasted_iota(jnp.int32, (groups, len(x)), 0) * size
     for i, head in enumerate(heads):
-      own, norm = own_lanes(i, lanes.size, width), norm_ref[0, pl.ds(head, 1)]
+      own = own_lanes(i, lanes.size, width)
+      norm = jnp.maximum(jnp.sqrt(_precise(own.astype(jnp.float32), square, 1, 1)), 1e-12)
       within = place_ref[0, pl.ds(head, 1)] - start
       inside = (within >= 0) & (within < size)
 
@@ -58,13 +58,13 @@ def _ratio_kernel(x_ref, norm_ref, place_ref, size_ref, ratio_ref, *, width, gro
 
 
 def cluster_order(
-  x: jax.Array, norm: jax.Array, levels: int, iterations: int, sharpness: float
+  x: jax.Array, num_heads: int, levels: int, iterations: int, sharpness: float
 ) -> tuple[jax.Array, jax.Array]:
   """Balanced hierarchical clustering, see `boat.balanced_clusters`.
 
   Args:
     x: features (B, tokens, C), the heads side by side.
-    norm: of each token's features in each head, (B, heads, tokens) float32, positive.
+    num_heads: each is clustered by itself.
     levels, iterations: see there; at least one level.
     sharpness: of the soft assignment.
 
@@ -72,26 +72,28 @@ def cluster_order(
     order: the token at each place, (B, heads, tokens) int32.
     place: the place of each token, its inverse.
   """
-  tokens, width = x.shape[1], x.shape[2] // norm.shape[1]
+  tokens, width = x.shape[1], x.shape[2] // num_heads
   kernel = functools.partial(
     _ratio_kernel, width=width, groups=2 ** (levels - 1), iterations=iterations, sharpness=sharpness
   )
 
   def run(arrays):
-    token = jax.lax.broadcasted_iota(jnp.int32, arrays["norm"].shape, 2)
+    heads = arrays["q"].shape[3] // width
+    token = jax.lax.broadcasted_iota(jnp.int32, (len(arrays["q"]), heads, tokens), 2)
+    result = jax.ShapeDtypeStruct(token.shape, jnp.float32)
 
     def halve(level, found):
       _, place = found
       size = tokens >> level
       sizes = jnp.full((len(token), 1, 1), size)
       flops = 4 * (iterations + 1) * 2**levels * arrays["q"].size
-      (ratio,) = call(kernel, {**arrays, "place": place, "size_scalars": sizes}, {"ratio": like(arrays["norm"])}, flops)
+      (ratio,) = call(kernel, {**arrays, "place": place, "size_scalars": sizes}, {"ratio": result}, flops)
       *_, order = jax.lax.sort((place // size, ratio, place, token), num_keys=3, is_stable=False)
       return order, jax.lax.sort((order, token), num_keys=1, is_stable=False)[1]
 
     return jax.lax.fori_loop(0, levels, halve, (token, token))
 
-  return on_each_device(run, {"q": x[:, None], "norm": norm}, ["order", "place"], norm.shape[1])
+  return on_each_device(run, {"q": x[:, None]}, ["order", "place"], num_heads)
 
 
 def _move_kernel(index_ref, *refs, width, rows):

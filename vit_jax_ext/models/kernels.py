@@ -116,7 +116,7 @@ def on_each_device(
 
   Args:
     function: returns arrays in the order of `results`.
-    arrays: see `call`.
+    arrays: see `call`; of those whose name ends with _for_all every device gets the whole.
     results: names.
     num_heads: that can be split; 1 for none.
   """
@@ -128,7 +128,7 @@ def on_each_device(
   heads = "model" if num_heads > 1 and num_heads % mesh.shape.get("model", 1) == 0 else None
 
   def split(name):
-    if name in ("bias", "mask"):
+    if name in ("bias", "mask") or name.endswith("_for_all"):
       return P(heads) if name == "bias" else P()
     if heads is None:
       return P(images)

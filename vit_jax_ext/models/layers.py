@@ -24,6 +24,7 @@ import numpy as np
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import initial
 from vit_jax_ext.models.attention import attend, is_fused, platform, widest
+from vit_jax_ext.models.fused_depthwise import depthwise_conv
 
 # timm's trunc_normal_(std=0.02) cuts at an absolute 2, a hundred standard deviations away: it is a plain normal.
 token_init = initial.normal(0.02)
@@ -227,19 +228,31 @@ class PatchEmbed(nnx.Module):
 class DepthwiseConv(Conv):
   """3x3 convolution of each channel by itself, (B, H, W, dim) to the same: the position term of CSWin and BOAT.
 
-  A sum over nine shifted images: on CPU 4 to 50 times as fast as XLA's grouped convolution, forward and backward.
+  A sum over nine shifted images: on CPU 4 to 50 times as fast as XLA's grouped convolution, forward and backward. On
+  TPUs a kernel (fused_depthwise), unless devices share the channels of an image.
+
+  Attributes:
+    implementation: auto, or reference for no kernel; set by `registry.create_model`.
   """
 
   def __init__(self, dim: int, **kw):
     super().__init__(dim, dim, 3, padding=1, groups=dim, **kw)
+    self.implementation = "auto"
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    rows, columns = x.shape[1:3]
     dtype = widest(self.dtype)
-    kernel, bias = self.kernel[...].astype(dtype), self.bias[...].astype(dtype)
-    padded = jnp.pad(x.astype(dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
-    taps = (padded[:, i : i + rows, j : j + columns] * kernel[i, j, 0] for i in range(3) for j in range(3))
-    return (sum(taps) + bias).astype(self.dtype)
+    x, kernel, bias = x.astype(self.dtype), self.kernel[...][:, :, 0].astype(dtype), self.bias[...].astype(dtype)
+    shared = jax.sharding.get_abstract_mesh().shape.get("model", 1) > 1
+    if self.implementation == "reference" or platform() != "tpu" or dtype != jnp.float32 or shared:
+      rows, columns = x.shape[1:3]
+      padded = jnp.pad(x.astype(dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
+      taps = (padded[:, i : i + rows, j : j + columns] * kernel[i, j] for i in range(3) for j in range(3))
+      return (sum(taps) + bias).astype(self.dtype)
+    upright = x.shape[1] > x.shape[2]  # few columns would fill little of a tile
+    if upright:
+      x, kernel = x.swapaxes(1, 2), kernel.swapaxes(0, 1)
+    y = depthwise_conv(x, kernel.reshape(9, -1), bias[None])
+    return y.swapaxes(1, 2) if upright else y
 
 
 class Mlp(nnx.Module):

@@ -16,7 +16,7 @@ from vit_jax_ext.models.boat import BoatCSWin, BoatSwin
 from vit_jax_ext.models.crossvit import CrossViT
 from vit_jax_ext.models.cswin import CSWin
 from vit_jax_ext.models.deepvit import DeepViT
-from vit_jax_ext.models.layers import MultiHeadAttention
+from vit_jax_ext.models.layers import DepthwiseConv, MultiHeadAttention
 from vit_jax_ext.models.swin import Swin
 from vit_jax_ext.models.vit import VisionTransformer
 
@@ -314,7 +314,7 @@ def create_model(
   keys.advance_stream()
   model.variant = name
   for _, module in nnx.iter_modules(model):
-    if isinstance(module, MultiHeadAttention):
+    if isinstance(module, MultiHeadAttention | DepthwiseConv):
       module.implementation = attention
   return model
 
