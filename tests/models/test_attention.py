@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import vit_jax_ext as vx
-from vit_jax_ext.models import attention
+from vit_jax_ext.models import attention, layers, swin
 from vit_jax_ext.models.fused_attention import fused_attention
 from vit_jax_ext.models.fused_depthwise import depthwise_conv
 from vit_jax_ext.models.fused_reattention import covariance_sums, mix_heads
+from vit_jax_ext.models.fused_windows import Windows, attend_windows
 
 
 @pytest.fixture(autouse=True)
@@ -170,16 +171,51 @@ def test_what_an_implementation_does_not_take_is_named(monkeypatch):
     vx.create_model("deit_tiny_patch16_224", rngs=nnx.Rngs(0), attention="flash")
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 7, 6), (2, 8, 8, 130), (4, 1, 9, 4)])
-def test_the_kernel_is_a_depthwise_convolution(shape):
+@pytest.mark.parametrize("stripe", [None, (2, 3), (6, 1)])
+@pytest.mark.parametrize("shape", [(3, 6, 9, 6), (2, 6, 3, 130)])
+def test_the_kernel_is_a_depthwise_convolution(shape, stripe):
   x, dy, kernel, bias = draw(shape, shape, (9, shape[-1]), (1, shape[-1]))
 
   def plain(x, kernel, bias):
     kernel = kernel.reshape(3, 3, 1, -1)
+    parts = x if stripe is None else layers.partition_windows(x, stripe).reshape(-1, *stripe, shape[-1])
     dimensions = ("NHWC", "HWIO", "NHWC")
     y = jax.lax.conv_general_dilated(
-      x, kernel, (1, 1), "SAME", dimension_numbers=dimensions, feature_group_count=shape[-1], precision="highest"
+      parts, kernel, (1, 1), "SAME", dimension_numbers=dimensions, feature_group_count=shape[-1], precision="highest"
     )
-    return y + bias[0]
+    return bias[0] + (
+      y
+      if stripe is None
+      else layers.merge_windows(y.reshape(len(x), -1, stripe[0] * stripe[1], shape[-1]), shape[1:3], stripe)
+    )
 
-  check_same(depthwise_conv, plain, dy, x, kernel, bias)
+  check_same(lambda *arrays: depthwise_conv(*arrays, stripe), plain, dy, x, kernel, bias)
+
+
+@pytest.mark.parametrize(
+  ("grid", "window", "shift", "dim", "heads", "biased"),
+  [
+    ((6, 9), (3, 3), (1, 2), 12, 3, True),
+    ((6, 9), (3, 3), (0, 0), 160, 5, False),
+    ((16, 2), (8, 2), (4, 0), 12, 2, True),
+    ((9, 4), (9, 1), (0, 0), 4, 1, False),  # stripes
+    ((4, 9), (2, 9), (0, 0), 4, 1, False),
+  ],
+)
+def test_the_kernel_finds_windows(grid, window, shift, dim, heads, biased):
+  n, tokens = window[0] * window[1], grid[0] * grid[1]
+  q, k, v, dy, bias = draw(*[(2, tokens, dim)] * 4, (heads, n, n))
+  mask = swin.seam_mask(grid, window, shift) if any(shift) else None
+
+  def plain(q, k, v, *bias):
+    q, k, v = (
+      layers.partition_windows(jnp.roll(x.reshape(2, *grid, dim), [-s for s in shift], (1, 2)), window)
+      for x in (q, k, v)
+    )
+    maps = plain_maps(q, k, heads, 0.3, (bias[0] if biased else 0.0) + (0.0 if mask is None else mask[:, None]))
+    return jnp.roll(layers.merge_windows(plain_weigh(maps, v), grid, window), shift, (1, 2)).reshape(dy.shape)
+
+  def fused(q, k, v, *bias):
+    return attend_windows(q, k, v, *bias, *[None] * (1 - biased), mask, Windows(grid, window, shift), dim // heads, 0.3)
+
+  check_same(fused, plain, dy, q, k, v, *[bias][: int(biased)])

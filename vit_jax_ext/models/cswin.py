@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers
+from vit_jax_ext.models.fused_windows import Windows, attend_windows
 from vit_jax_ext.models.layers import Conv, Linear, Sequential, drop
 from vit_jax_ext.models.pyramid import Grid, Intermediates, LayerNorm, Pyramid, PyramidBlock
 
@@ -41,6 +42,11 @@ class StripeAttention(layers.MultiHeadAttention):
   ) -> jax.Array:
     """Returns the new tokens (B, N, dim) from the block's (B, N, C), of which `project` makes q, k and v."""
     batch, tokens, _ = x.shape
+    windows = Windows(self.grid, self.stripe)
+    if self.fused_windows(x, windows, rngs):
+      q, k, v = project(x)
+      y = attend_windows(q, k, v, None, None, windows, v.shape[-1] // self.num_heads, self.scale)
+      return y + self.get_v(v.reshape(batch, *self.grid, -1), self.stripe).reshape(y.shape)
     q, k, v = project(layers.partition_windows(x.reshape(batch, *self.grid, -1), self.stripe))
     y, _ = self.attend(q, k, v, rngs)
     y = y + self.get_v(v.reshape(-1, *self.stripe, v.shape[-1])).reshape(y.shape)

@@ -5,6 +5,7 @@ heads nor queries, keys and values are ever taken apart in memory. Between the p
 the backward pass computes the maps again, which costs less than to read them.
 """
 
+from collections.abc import Callable
 import functools
 
 import jax
@@ -24,11 +25,43 @@ from vit_jax_ext.models.kernels import (
 )
 
 
-def _logits(q, k, bias_ref, mask_ref, head, window, scale):
-  logits = product(q, k, 1, 1) * scale
-  if bias_ref is not None:
-    logits += bias_ref[head]
-  return logits if mask_ref is None else logits + mask_ref[window]
+def forward_heads(q, k, v, heads: range, width: int, scale: float, add: Callable) -> jax.Array:
+  """Returns attention of the heads that share some lanes, (queries, lanes) float32; `add(logits, head)` biases."""
+  y = jnp.zeros(q.shape, jnp.float32)
+  for i, head in enumerate(heads):
+    own = own_lanes(i, q.shape[-1], width)
+    weights, total = softmax(add(product(jnp.where(own, q, 0), k, 1, 1) * scale, head))
+    y = jnp.where(own, product(weights.astype(v.dtype), v, 1, 0) / total, y)
+  return y
+
+
+def backward_heads(q, k, v, dy, heads: range, width: int, scale: float, add: Callable, dbias_ref=None):
+  """Returns the float32 gradients of q, k and v, and adds those of the logits to `dbias_ref` (heads, n, n)."""
+  dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+  for i, head in enumerate(heads):
+    own = own_lanes(i, q.shape[-1], width)
+    own_q, own_dy = jnp.where(own, q, 0), jnp.where(own, dy, 0)
+    weights, total = softmax(add(product(own_q, k, 1, 1) * scale, head))
+    attn = weights / total
+    dv += product(attn.astype(v.dtype), own_dy, 0, 0)
+    dlogits = softmax_gradient(attn, product(own_dy, v, 1, 1))
+    if dbias_ref is not None:
+      dbias_ref[head] += dlogits
+    dlogits = (dlogits * scale).astype(q.dtype)
+    dq = jnp.where(own, product(dlogits, k, 1, 0), dq)
+    dk += product(dlogits, own_q, 0, 0)
+  return dq, dk, dv
+
+
+def adder(bias_ref, mask_ref, window) -> Callable:
+  """Returns the function that adds bias and mask to the logits of a head; one mask may be that of all windows."""
+
+  def add(logits, head):
+    if bias_ref is not None:
+      logits += bias_ref[head]
+    return logits if mask_ref is None else logits + mask_ref[window if mask_ref.shape[0] > 1 else 0]
+
+  return add
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, y_ref, *, width, scale):
@@ -36,11 +69,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, y_ref, *, width, sc
   def _(window):
     for lanes, heads in head_groups(q_ref.shape[-1], width):
       q, k, v = (ref[0, window, :, lanes] for ref in (q_ref, k_ref, v_ref))
-      y = jnp.zeros(q.shape, jnp.float32)
-      for i, head in enumerate(heads):
-        own = own_lanes(i, q.shape[-1], width)
-        weights, total = softmax(_logits(jnp.where(own, q, 0), k, bias_ref, mask_ref, head, window, scale))
-        y = jnp.where(own, product(weights.astype(v.dtype), v, 1, 0) / total, y)
+      y = forward_heads(q, k, v, heads, width, scale, adder(bias_ref, mask_ref, window))
       y_ref[0, window, :, lanes] = y.astype(y_ref.dtype)
 
 
@@ -57,20 +86,9 @@ def _backward_kernel(
   def _(window):
     for lanes, heads in head_groups(q_ref.shape[-1], width):
       q, k, v, dy = (ref[0, window, :, lanes] for ref in (q_ref, k_ref, v_ref, dy_ref))
-      dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-      for i, head in enumerate(heads):
-        own = own_lanes(i, q.shape[-1], width)
-        own_q, own_dy = jnp.where(own, q, 0), jnp.where(own, dy, 0)
-        weights, total = softmax(_logits(own_q, k, bias_ref, mask_ref, head, window, scale))
-        attn = weights / total
-        dv += product(attn.astype(v.dtype), own_dy, 0, 0)
-        dlogits = softmax_gradient(attn, product(own_dy, v, 1, 1))
-        if dbias_ref is not None:
-          dbias_ref[0, head] += dlogits
-        dlogits = (dlogits * scale).astype(q.dtype)
-        dq = jnp.where(own, product(dlogits, k, 1, 0), dq)
-        dk += product(dlogits, own_q, 0, 0)
-      for ref, x in ((dq_ref, dq), (dk_ref, dk), (dv_ref, dv)):
+      add, own_dbias = adder(bias_ref, mask_ref, window), None if dbias_ref is None else dbias_ref.at[0]
+      gradients = backward_heads(q, k, v, dy, heads, width, scale, add, own_dbias)
+      for ref, x in zip((dq_ref, dk_ref, dv_ref), gradients, strict=True):
         ref[0, window, :, lanes] = x.astype(ref.dtype)
 
 

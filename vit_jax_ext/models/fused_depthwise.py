@@ -4,6 +4,7 @@ Nine shifted images are nine reads where they come from memory; here an image is
 """
 
 from collections.abc import Callable, Sequence
+import functools
 
 import jax
 from jax.experimental import pallas as pl
@@ -26,12 +27,21 @@ def _pad(ref, image, padded):
     padded[row + 1, pl.ds(1, columns)] = ref[image, row].astype(jnp.float32)
 
 
-def _convolve(padded, row, columns, factor: Callable):
-  """Returns one row of the sum of the nine shifted images, each times `factor(i, j)`."""
-  return sum(padded[row + i, pl.ds(j, columns)] * factor(i, j) for i, j in TAPS)
+def _neighbours(padded, row, columns, stripe):
+  """Yields tap and what each token of a row has there, (columns, C); zeros beyond its stripe."""
+  column = jax.lax.broadcasted_iota(jnp.int32, (columns, 1), 0)
+  for i, j in TAPS:
+    x = padded[row + i, pl.ds(j, columns)]
+    if stripe is not None and (i, j) != (1, 1):
+      down, right = (
+        jax.lax.div(at + by - 1, size) - jax.lax.div(at, size)
+        for at, by, size in zip((row, column), (i, j), stripe, strict=True)
+      )
+      x = jnp.where(2 * down + right == 0, x, 0)
+    yield 3 * i + j, x
 
 
-def _forward_kernel(x_ref, kernel_ref, bias_ref, y_ref, padded):
+def _forward_kernel(x_ref, kernel_ref, bias_ref, y_ref, padded, *, stripe):
   images, rows, columns, _ = x_ref.shape
 
   @pl.loop(0, images)
@@ -40,11 +50,11 @@ def _forward_kernel(x_ref, kernel_ref, bias_ref, y_ref, padded):
 
     @pl.loop(0, rows)
     def _(row):
-      y = _convolve(padded, row, columns, lambda i, j: kernel_ref[pl.ds(3 * i + j, 1)]) + bias_ref[...]
-      y_ref[image, row] = y.astype(y_ref.dtype)
+      y = sum(x * kernel_ref[pl.ds(tap, 1)] for tap, x in _neighbours(padded, row, columns, stripe))
+      y_ref[image, row] = (y + bias_ref[...]).astype(y_ref.dtype)
 
 
-def _backward_kernel(x_ref, kernel_ref, dy_ref, dx_ref, sums_ref, padded, padded_dy, sums):
+def _backward_kernel(x_ref, kernel_ref, dy_ref, dx_ref, sums_ref, padded, padded_dy, sums, *, stripe):
   """`sums`, (10, columns, C): of what each tap meets, and of dy itself."""
   images, rows, columns, _ = x_ref.shape
 
@@ -62,10 +72,11 @@ def _backward_kernel(x_ref, kernel_ref, dy_ref, dx_ref, sums_ref, padded, padded
     @pl.loop(0, rows)
     def _(row):
       dy = padded_dy[row + 1, pl.ds(1, columns)]
-      for tap, (i, j) in enumerate(TAPS):
-        sums[tap] += padded[row + i, pl.ds(j, columns)] * dy
+      for tap, x in _neighbours(padded, row, columns, stripe):
+        sums[tap] += x * dy
       sums[len(TAPS)] += dy
-      dx = _convolve(padded_dy, row, columns, lambda i, j: kernel_ref[pl.ds(3 * (2 - i) + 2 - j, 1)])
+      # The tap of a neighbour's gradient lies opposite to the neighbour.
+      dx = sum(x * kernel_ref[pl.ds(8 - tap, 1)] for tap, x in _neighbours(padded_dy, row, columns, stripe))
       dx_ref[image, row] = dx.astype(dx_ref.dtype)
 
   sums_ref[0] += sums[...].sum(axis=1)
@@ -97,37 +108,42 @@ def _call(kernel: Callable, arrays: Sequence[jax.Array], results, scratch, flops
   )(*arrays)
 
 
-@jax.custom_vjp
-def depthwise_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def depthwise_conv(
+  x: jax.Array, kernel: jax.Array, bias: jax.Array, stripe: tuple[int, int] | None = None
+) -> jax.Array:
   """Returns x convolved, each channel by itself and padded with zeros, in the dtype of x; computed in float32.
 
   Args:
     x: (images, rows, columns, C).
     kernel: (9, C) float32, row by row.
     bias: (1, C) float32.
+    stripe: (height, width) of parts of the image that see nothing of each other, or None.
   """
+  kernel_of = functools.partial(_forward_kernel, stripe=stripe)
 
   def run(arrays):
     x = arrays["q"]
     padded = (x.shape[1] + 2, x.shape[2] + 2, x.shape[3])
-    return _call(_forward_kernel, [*arrays.values()], [like(x)], [padded], 2 * len(TAPS) * x.size)
+    return _call(kernel_of, [*arrays.values()], [like(x)], [padded], 2 * len(TAPS) * x.size)
 
   return on_each_device(run, dict(q=x, kernel_for_all=kernel, bias_for_all=bias), ["y"])[0]
 
 
-def _forward(x, kernel, bias):
-  return depthwise_conv(x, kernel, bias), (x, kernel)
+def _forward(x, kernel, bias, stripe):
+  return depthwise_conv(x, kernel, bias, stripe), (x, kernel)
 
 
-def _backward(residuals, dy):
+def _backward(stripe, residuals, dy):
   x, kernel = residuals
+  kernel_of = functools.partial(_backward_kernel, stripe=stripe)
 
   def run(arrays):
     x = arrays["q"]
     padded = (x.shape[1] + 2, x.shape[2] + 2, x.shape[3])
     sums = (len(TAPS) + 1, *x.shape[2:])
     results = [like(x), jax.ShapeDtypeStruct((1, len(TAPS) + 1, x.shape[3]), jnp.float32)]
-    return _call(_backward_kernel, [*arrays.values()], results, [padded, padded, sums], 4 * len(TAPS) * x.size)
+    return _call(kernel_of, [*arrays.values()], results, [padded, padded, sums], 4 * len(TAPS) * x.size)
 
   dx, sums = on_each_device(run, dict(q=x, kernel_for_all=kernel, y=dy), ["dq", "sums"])
   sums = sums.sum(axis=0)

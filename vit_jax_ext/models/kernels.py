@@ -71,8 +71,9 @@ def call(
 
   Args:
     kernel: takes references in the order of `arrays`, `results` and `scratch`.
-    arrays, results: by name. bias (heads, n, n), mask (windows, n, n); q and what begins like it (images, windows,
-      tokens, C); all others have an entry for each image, in scalar memory if their name ends with _scalars.
+    arrays, results: by name. bias (heads, n, n), mask (windows, n, n); what ends with _for_all is seen whole; q and
+      what begins like it (images, windows, tokens, C); all others have an entry for each image, in scalar memory if
+      their name ends with _scalars.
     flops: of all programs together, an estimate.
     scratch: shapes of float32 arrays that a program works with.
   """
@@ -82,8 +83,8 @@ def call(
   def spec(name, x):
     if x is None:
       return None
-    if name == "bias":
-      return pl.BlockSpec(x.shape, lambda i, j: (0, 0, 0))
+    if name == "bias" or name.endswith("_for_all"):
+      return pl.BlockSpec(x.shape, lambda i, j: (0,) * x.ndim)
     if name == "mask":
       return pl.BlockSpec((block, *x.shape[1:]), lambda i, j: (j, 0, 0))
     if x.ndim == 4 and name != "dbias":

@@ -25,6 +25,7 @@ from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import initial
 from vit_jax_ext.models.attention import attend, is_fused, platform, widest
 from vit_jax_ext.models.fused_depthwise import depthwise_conv
+from vit_jax_ext.models.fused_windows import Windows
 
 # timm's trunc_normal_(std=0.02) cuts at an absolute 2, a hundred standard deviations away: it is a plain normal.
 token_init = initial.normal(0.02)
@@ -239,20 +240,20 @@ class DepthwiseConv(Conv):
     super().__init__(dim, dim, 3, padding=1, groups=dim, **kw)
     self.implementation = "auto"
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    dtype = widest(self.dtype)
+  def __call__(self, x: jax.Array, stripe: tuple[int, int] | None = None) -> jax.Array:
+    """Returns x convolved; parts of (height, width) `stripe`, if given, see nothing of each other."""
+    dtype, grid = widest(self.dtype), x.shape[1:3]
     x, kernel, bias = x.astype(self.dtype), self.kernel[...][:, :, 0].astype(dtype), self.bias[...].astype(dtype)
     shared = jax.sharding.get_abstract_mesh().shape.get("model", 1) > 1
-    if self.implementation == "reference" or platform() != "tpu" or dtype != jnp.float32 or shared:
-      rows, columns = x.shape[1:3]
-      padded = jnp.pad(x.astype(dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
-      taps = (padded[:, i : i + rows, j : j + columns] * kernel[i, j] for i in range(3) for j in range(3))
-      return (sum(taps) + bias).astype(self.dtype)
-    upright = x.shape[1] > x.shape[2]  # few columns would fill little of a tile
-    if upright:
-      x, kernel = x.swapaxes(1, 2), kernel.swapaxes(0, 1)
-    y = depthwise_conv(x, kernel.reshape(9, -1), bias[None])
-    return y.swapaxes(1, 2) if upright else y
+    if self.implementation != "reference" and platform() == "tpu" and dtype == jnp.float32 and not shared:
+      return depthwise_conv(x, kernel.reshape(9, -1), bias[None], stripe)
+    if stripe is not None:
+      stripes = partition_windows(x, stripe)
+      return merge_windows(self(stripes.reshape(-1, *stripe, x.shape[-1])).reshape(stripes.shape), grid, stripe)
+    rows, columns = grid
+    padded = jnp.pad(x.astype(dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    taps = (padded[:, i : i + rows, j : j + columns] * kernel[i, j] for i in range(3) for j in range(3))
+    return (sum(taps) + bias).astype(self.dtype)
 
 
 class Mlp(nnx.Module):
@@ -320,6 +321,11 @@ class MultiHeadAttention(nnx.Module):
   def is_fused(self, q, k, rngs: nnx.Rngs | None) -> bool:
     """Calls `attention.is_fused` with what the module knows."""
     return is_fused(q, k, **self._known(rngs))
+
+  def fused_windows(self, x: jax.Array, windows: Windows, rngs: nnx.Rngs | None) -> bool:
+    """Returns whether a kernel finds the windows of x (B, tokens, C) itself; a single one needs none."""
+    tokens = jax.ShapeDtypeStruct((len(x), windows.number, math.prod(windows.window), x.shape[-1]), x.dtype)
+    return windows.number > 1 and self.is_fused(tokens, tokens, rngs)
 
   def _known(self, rngs: nnx.Rngs | None) -> dict[str, Any]:
     dropped = functools.partial(drop, self.attn_drop, rngs=rngs) if rngs and self.attn_drop.rate else None

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax_ext.models import layers
+from vit_jax_ext.models.fused_windows import Windows, attend_windows
 from vit_jax_ext.models.layers import Linear, drop
 from vit_jax_ext.models.pyramid import Grid, Intermediates, LayerNorm, Pyramid, PyramidBlock
 
@@ -78,12 +79,17 @@ class WindowAttention(layers.MultiHeadAttention):
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
     """Returns the new tokens (B, N, C)."""
     batch, tokens, dim = x.shape
+    bias = self.attention_bias()
+    mask = seam_mask(self.grid, self.window, self.shift) if any(self.shift) else None
+    windows = Windows(self.grid, self.window, self.shift)
+    if self.fused_windows(x, windows, rngs):
+      x = attend_windows(*self.qkv(x), bias, mask, windows, dim // self.num_heads, self.scale)
+      return drop(self.proj_drop, self.proj(x), rngs)
     x = x.reshape(batch, *self.grid, dim)
     if any(self.shift):
       x = jnp.roll(x, (-self.shift[0], -self.shift[1]), (1, 2))
     q, k, v = self.qkv(layers.partition_windows(x, self.window))
-    mask = jnp.asarray(seam_mask(self.grid, self.window, self.shift)) if any(self.shift) else None
-    x, _ = self.attend(q, k, v, rngs, bias=self.attention_bias(), mask=mask)
+    x, _ = self.attend(q, k, v, rngs, bias=bias, mask=None if mask is None else jnp.asarray(mask))
     x = layers.merge_windows(self.proj(x), self.grid, self.window)
     if any(self.shift):
       x = jnp.roll(x, self.shift, (1, 2))

@@ -1,0 +1,240 @@
+"""Attention inside windows of an image on a TPU's chip: Pallas kernels, forward and backward.
+
+A program has a whole image as the projections give it, (tokens, C) row by row, and finds its windows there, rolled or
+not: in memory the image is never rolled, cut into windows or put together again. A window is made of groups of
+neighbouring tokens of a row, or of a column, whichever fills tiles of 8 rows better; what lies between its tokens and
+the tile's end belongs to a neighbour, and is masked.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+from jax.experimental import pallas as pl
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax_ext.models.fused_attention import adder, backward_heads, forward_heads
+from vit_jax_ext.models.kernels import call, head_groups, like, on_each_device, product_flops
+
+SUBLANES = 8  # rows of a tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+  """How an image is cut.
+
+  Args:
+    grid: (rows, columns) of tokens.
+    window: (height, width), which divide them.
+    shift: by how much the image is rolled up and to the left before.
+  """
+
+  grid: tuple[int, int]
+  window: tuple[int, int]
+  shift: tuple[int, int] = (0, 0)
+
+  @functools.cached_property
+  def by_rows(self) -> bool:
+    """Whether the groups are runs of a row."""
+    h, w = self.window
+    return h * _tiled(w) <= w * _tiled(h)
+
+  @property
+  def groups(self) -> tuple[int, int]:
+    """Number and size of the groups of a window."""
+    return self.window if self.by_rows else self.window[::-1]
+
+  @property
+  def number(self) -> int:
+    """Of windows."""
+    return math.prod(self.grid) // math.prod(self.window)
+
+  def group(self, window: jax.Array, index: int, size: int) -> pl.Slice:
+    """Returns where `size` tokens of a group of a window lie in the rolled image."""
+    (_, columns), (h, w) = self.grid, self.window
+    across = columns // w
+    start = jax.lax.div(window, across) * h * columns + jax.lax.rem(window, across) * w
+    if self.by_rows:
+      return pl.ds(start + index * columns, size)
+    return pl.ds(start + index, size, stride=columns)
+
+  def pad(self, x: jax.Array, fill: float) -> jax.Array:
+    """Returns (n, windows' tokens, windows' tokens) in the order of the groups, each filled up to tiles.
+
+    Args:
+      x: in the order of rows.
+      fill: of the keys that are none.
+    """
+    groups, size = self.groups
+    x = x.reshape(len(x), *self.window, *self.window)
+    if not self.by_rows:
+      x = x.transpose(0, 2, 1, 4, 3)
+    more = (0, _tiled(size) - size)
+    x = jnp.pad(x, [(0, 0)] * 4 + [more], constant_values=fill)
+    x = jnp.pad(x, [(0, 0), (0, 0), more, (0, 0), (0, 0)])
+    return x.reshape(len(x), groups * _tiled(size), groups * _tiled(size))
+
+
+def _tiled(size: int) -> int:
+  return -(-size // SUBLANES) * SUBLANES
+
+
+def _roll(source, target, grid, shift) -> None:
+  """Rolls an image of `source` into `target`, up and to the left."""
+  (rows, columns), (down, right) = grid, shift
+
+  @pl.loop(0, rows)
+  def _(row):
+    there, here = jax.lax.rem(row + down, rows) * columns, row * columns
+    for part in range(len(source)):
+      target[part, pl.ds(here, columns - right)] = source[part, pl.ds(there + right, columns - right)]
+      if right:
+        target[part, pl.ds(here + columns - right, right)] = source[part, pl.ds(there, right)]
+
+
+def _read(ref, target, spare, parts, windows) -> None:
+  """Reads an image into `target`, rolled; behind it zeros.
+
+  `target` and `spare` are float32 (parts, tokens and more, lanes): of single rows only those of one tile's width can be
+  read anywhere.
+  """
+  tokens = ref.shape[2]
+  target[:, tokens:] = jnp.zeros((target.shape[0], target.shape[1] - tokens, target.shape[2]), jnp.float32)
+  place = spare if any(windows.shift) else target
+  for part, (lanes, _) in enumerate(parts):
+    place[part, :tokens, : lanes.size] = ref[0, 0, :, lanes].astype(jnp.float32)
+  if any(windows.shift):
+    _roll(spare, target, windows.grid, windows.shift)
+
+
+def _write(source, ref, spare, parts, windows) -> None:
+  """Writes an image that `source` has rolled."""
+  if any(windows.shift):
+    _roll(source, spare, windows.grid, [-s % side for s, side in zip(windows.shift, windows.grid, strict=True)])
+    source = spare
+  for part, (lanes, _) in enumerate(parts):
+    ref[0, 0, :, lanes] = source[part, : ref.shape[2], : lanes.size].astype(ref.dtype)
+
+
+def _load(image, part, window, lanes, windows, dtype) -> jax.Array:
+  number, size = windows.groups
+  rows = [image[part, windows.group(window, i, _tiled(size))] for i in range(number)]
+  return jnp.concatenate(rows, axis=0)[:, : lanes.size].astype(dtype)
+
+
+def _store(image, x, part, window, lanes, windows) -> None:
+  number, size = windows.groups
+  for i in range(number):
+    first = i * _tiled(size)
+    image[part, windows.group(window, i, size), : lanes.size] = x[first : first + size]
+
+
+def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, y_ref, *images, windows, width, scale):
+  *sources, target = images
+  parts = head_groups(q_ref.shape[-1], width)
+  for ref, image in zip((q_ref, k_ref, v_ref), sources, strict=True):
+    _read(ref, image, target, parts, windows)
+
+  @pl.loop(0, windows.number)
+  def _(window):
+    for part, (lanes, heads) in enumerate(parts):
+      q, k, v = (_load(image, part, window, lanes, windows, q_ref.dtype) for image in sources)
+      y = forward_heads(q, k, v, heads, width, scale, adder(bias_ref, mask_ref, window))
+      _store(target, y, part, window, lanes, windows)
+
+  _write(target, y_ref, sources[0], parts, windows)
+
+
+def _backward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, dy_ref, *refs, windows, width, scale):
+  results, dbias_ref, sources, targets = refs[:3], None, refs[-7:-3], refs[-3:]
+  parts = head_groups(q_ref.shape[-1], width)
+  for ref, image in zip((q_ref, k_ref, v_ref, dy_ref), sources, strict=True):
+    _read(ref, image, targets[0], parts, windows)
+  if bias_ref is not None:
+    dbias_ref = refs[3].at[0]
+    dbias_ref[...] = jnp.zeros_like(dbias_ref)
+  number, size = windows.groups
+  slot = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (number * _tiled(size), 1), 0), _tiled(size))
+
+  @pl.loop(0, windows.number)
+  def _(window):
+    for part, (lanes, heads) in enumerate(parts):
+      q, k, v, dy = (_load(image, part, window, lanes, windows, q_ref.dtype) for image in sources)
+      dy = jnp.where(slot < size, dy, 0)
+      add = adder(bias_ref, mask_ref, window)
+      for image, x in zip(targets, backward_heads(q, k, v, dy, heads, width, scale, add, dbias_ref), strict=True):
+        _store(image, x, part, window, lanes, windows)
+
+  for image, ref in zip(targets, results, strict=True):
+    _write(image, ref, sources[0], parts, windows)
+
+
+def attend_windows(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  bias: jax.Array | None,
+  mask: np.ndarray | None,
+  windows: Windows,
+  width: int,
+  scale: float,
+) -> jax.Array:
+  """Returns softmax(scale * q k^T + bias + mask) v inside windows of images, (B, tokens, C).
+
+  Args:
+    q, k, v: (B, tokens, C), the image row by row, the heads side by side.
+    bias: (heads, n, n) float32 or None, n the tokens of a window.
+    mask: (windows, n, n), 0 or -inf, or None.
+    windows: of the image.
+    width: of a head.
+    scale: of the logits.
+  """
+  n, size = math.prod(windows.window), windows.groups[1]
+  if mask is None and _tiled(size) != size:
+    mask = np.zeros((1, n, n), np.float32)
+  bias = None if bias is None else windows.pad(bias.astype(jnp.float32), 0)
+  mask = None if mask is None else windows.pad(jnp.asarray(mask, jnp.float32), -jnp.inf)
+  return _attend(q[:, None], k[:, None], v[:, None], bias, mask, windows, width, scale)[:, 0]
+
+
+def _call(kernel, arrays, results, products, images, windows, width, scale):
+  """Calls a kernel that works with `images` images in float32."""
+  tokens, dim = arrays["q"].shape[2:]
+  behind = _tiled(windows.groups[1]) * (1 if windows.by_rows else windows.grid[1])
+  kernel = functools.partial(kernel, windows=windows, width=width, scale=scale)
+  flops = products * product_flops(arrays) // windows.number
+  parts = head_groups(dim, width)
+  return call(kernel, arrays, results, flops, [(len(parts), tokens + behind, parts[0][0].size)] * images)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attend(q, k, v, bias, mask, windows, width, scale):
+  def run(arrays):
+    return _call(_forward_kernel, arrays, {"y": like(arrays["q"])}, 2, 4, windows, width, scale)
+
+  arrays = dict(q=q, k=k, v=v, bias=bias, mask_for_all=mask)
+  return on_each_device(run, arrays, ["y"], q.shape[-1] // width)[0]
+
+
+def _forward(q, k, v, bias, mask, windows, width, scale):
+  return _attend(q, k, v, bias, mask, windows, width, scale), (q, k, v, bias, mask)
+
+
+def _backward(windows, width, scale, residuals, dy):
+  q, k, v, bias, mask = residuals
+  names = ["dq", "dk", "dv"] if bias is None else ["dq", "dk", "dv", "dbias"]
+
+  def run(arrays):
+    results = {f"d{name}": like(arrays[name]) for name in "qkv"}
+    if bias is not None:
+      results["dbias"] = jax.ShapeDtypeStruct((len(arrays["q"]), *arrays["bias"].shape), jnp.float32)
+    return _call(_backward_kernel, arrays, results, 5, 7, windows, width, scale)
+
+  arrays = dict(q=q, k=k, v=v, bias=bias, mask_for_all=mask, dy=dy)
+  dq, dk, dv, *dbias = on_each_device(run, arrays, names, q.shape[-1] // width)
+  return dq, dk, dv, dbias[0].sum(axis=0) if dbias else None, None if mask is None else jnp.zeros_like(mask)
+
+
+_attend.defvjp(_forward, _backward)
