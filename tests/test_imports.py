@@ -39,7 +39,8 @@ models.vit  models.deepvit  models.crossvit  models.swin  models.cswin
 models.isotropic  models.pyramid  models.batch_norm
 models.layers  models.functional
 models.attention  models.initial
-models.fused_attention  models.fused_reattention
+models.fused_windows  models.fused_reattention  models.fused_clustering  models.fused_depthwise
+models.fused_attention
 models.kernels
 compilation_cache
 config  console  files  image_files
@@ -169,7 +170,7 @@ def test_the_face():
   import vit_jax_ext
 
   assert sorted([*face, "UserError"]) == vit_jax_ext.__all__
-  assert vit_jax_ext.models.registry.list_models() == vit_jax_ext.list_models()
+  assert vit_jax_ext.list_models() == vit_jax_ext.models.registry.list_models()
   with pytest.raises(AttributeError, match="creat_model"):
     vit_jax_ext.creat_model  # noqa: B018
 
