@@ -78,14 +78,6 @@ def test_smoke_runs_have_a_workdir_of_their_own(run, monkeypatch, tmp_path, data
   assert status == 0 and f"{tmp_path}/vit_jax_ext/digits-smoke, step 2" in out
 
 
-def test_predict_needs_neither_dataset_nor_tensorflow(workdir):
-  code = "import sys; sys.modules['tensorflow'] = None; import main; sys.exit(main.main())"
-  arguments = ["predict", "docs/seven.png", f"--workdir={workdir}", "--config.dataset.data_dir=/nowhere"]
-  command = [sys.executable, "-c", code, *arguments]
-  done = subprocess.run(command, cwd=os.path.dirname(main.__file__), capture_output=True, text=True)
-  assert done.returncode == 0 and len(done.stdout.splitlines()) == 6, done.stderr
-
-
 def test_predict_names_classes(run, workdir, tmp_path, data_dir):
   examples = list(tfds.as_numpy(tfds.builder("digits", data_dir=data_dir).as_dataset(split="test").take(2)))
   encode = (tf.io.encode_png, tf.io.encode_jpeg)

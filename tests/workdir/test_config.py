@@ -8,13 +8,7 @@ import pytest
 from configs import digits
 import vit_jax_ext as vx
 from vit_jax_ext import config as configs
-from vit_jax_ext.workdir.config import (
-  claim_workdir,
-  default_workdir,
-  read_class_names,
-  read_workdir_config,
-  save_class_names,
-)
+from vit_jax_ext.workdir.config import claim_workdir, default_workdir, read_workdir_config
 
 
 @pytest.fixture
@@ -40,13 +34,6 @@ def test_workdir_keeps_its_config(config, tmp_path):
   config.seed = 1
   with pytest.raises(vx.UserError, match=r"config.seed=0, this run has 1"):
     claim_workdir(workdir, config)
-
-
-def test_class_names_are_kept(tmp_path):
-  assert read_class_names(str(tmp_path)) is None
-  save_class_names(str(tmp_path), ["cat", "dog"])
-  save_class_names(str(tmp_path), ["horse", "cow"])
-  assert read_class_names(str(tmp_path)) == ["cat", "dog"]
 
 
 def test_bad_workdirs(config, tmp_path):

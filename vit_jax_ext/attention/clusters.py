@@ -11,15 +11,15 @@ import ml_collections
 import numpy as np
 
 from vit_jax_ext.attention import figures
+from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import open_dataset
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.image_files import read_image
 from vit_jax_ext.models import registry
 from vit_jax_ext.models.boat import Boat, FeatureAttention
 from vit_jax_ext.models.cswin import StripeAttention
 from vit_jax_ext.models.functional import normalize, split_model
 from vit_jax_ext.models.swin import WindowAttention
-from vit_jax_ext.training.weights import load_weights
+from vit_jax_ext.training.evaluate import load_weights
 
 
 def draw_clusters(
@@ -61,7 +61,7 @@ def draw_clusters(
     if not 0 <= head < attention.num_heads:
       raise UserError(f"head {head} does not exist; block {block} has heads 0 to {attention.num_heads - 1}")
   crop = config.dataset.crop or variant.crop_at(model.image_size)
-  pixels = read_image(image, model.image_size, crop)
+  pixels = input_pipeline.read_image(image, model.image_size, crop)
 
   trained = workdir or config.pretrained
   if trained:

@@ -8,13 +8,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from vit_jax_ext.image_files import read_image
+from vit_jax_ext.data import input_pipeline
+from vit_jax_ext.data.datasets import open_dataset
 from vit_jax_ext.models import registry
 from vit_jax_ext.models.functional import normalize, split_model
 from vit_jax_ext.training import sharding
+from vit_jax_ext.training.evaluate import load_weights
 from vit_jax_ext.training.partition import Layout
-from vit_jax_ext.training.weights import load_weights
-from vit_jax_ext.workdir.config import read_class_names
 
 
 def jit_probabilities(
@@ -39,15 +39,6 @@ def jit_probabilities(
   )
 
 
-def _class_names(config: ml_collections.ConfigDict, workdir: str | None) -> Sequence[str]:
-  """Returns the names that a run has saved, else those of the config's dataset."""
-  if workdir and (names := read_class_names(workdir)):
-    return names
-  from vit_jax_ext.data.datasets import open_dataset  # and TensorFlow with it
-
-  return open_dataset(config.dataset.name, config.dataset.data_dir).class_names
-
-
 def predict(config: ml_collections.ConfigDict, workdir: str | None, paths: Sequence[str]) -> list[dict]:
   """Returns the five likeliest classes of each image.
 
@@ -63,10 +54,10 @@ def predict(config: ml_collections.ConfigDict, workdir: str | None, paths: Seque
     UserError: an unreadable image, or no checkpoint.
   """
   variant = registry.get_variant(config.model.name)
-  class_names = _class_names(config, workdir)
+  class_names = open_dataset(config.dataset.name, config.dataset.data_dir).class_names
   model = registry.abstract_model(config.model, len(class_names))
   crop = config.dataset.crop or variant.crop_at(model.image_size)
-  images = np.stack([read_image(path, model.image_size, crop) for path in paths])
+  images = np.stack([input_pipeline.read_image(path, model.image_size, crop) for path in paths])
 
   layout = Layout(model, sharding.make_mesh(config.mesh))
   _, _, weights = load_weights(config, workdir, model, layout.weights)

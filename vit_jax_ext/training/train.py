@@ -23,7 +23,7 @@ from vit_jax_ext.training.evaluate import SplitEvaluator
 from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.train_step import TrainState
 from vit_jax_ext.workdir import checkpoint
-from vit_jax_ext.workdir.config import claim_workdir, save_class_names
+from vit_jax_ext.workdir.config import claim_workdir
 from vit_jax_ext.workdir.writers import open_writer
 
 
@@ -78,7 +78,6 @@ def train(
       state = _load_pretrained(state, split_model(model)[0], config.pretrained)
   with distributed.first_process_first("workdir"):
     claim_workdir(workdir, config)
-    save_class_names(workdir, dataset.class_names)
   if first_step:
     like = checkpoint.abstract(jax.eval_shape(experiment.init), experiment.places)
     with concurrent.futures.ThreadPoolExecutor(1) as beside:

@@ -1,9 +1,5 @@
-"""The config of a run in its workdir: where that is, what it says, and that a run goes on with the config it has.
+"""The config of a run in its workdir: where that is, what it says, and that a run goes on with the config it has."""
 
-And the names of its classes, which only the dataset could tell otherwise.
-"""
-
-from collections.abc import Sequence
 import json
 import os
 import pathlib
@@ -15,7 +11,6 @@ from vit_jax_ext.errors import UserError
 from vit_jax_ext.files import user_cache, write_json
 
 FILE = "config.json"
-CLASSES = "classes.json"
 # What may differ when a run is continued: it changes where and how often, not what is computed.
 FREE_KEYS = ("mesh", "checkpoint", "log_every_steps", "eval_every_steps", "dataset.data_dir",
              "skip_nonfinite", "compilation_cache")  # fmt: skip
@@ -53,21 +48,6 @@ def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
   check_workdir(workdir, config)
   if not os.path.exists(os.path.join(workdir, FILE)):
     write_json(workdir, FILE, json.loads(config.to_json_best_effort()), option="workdir")
-
-
-def save_class_names(workdir: str, names: Sequence[str]) -> None:
-  """Saves the names of a run's classes, if they are not there."""
-  if not os.path.exists(os.path.join(workdir, CLASSES)):
-    write_json(workdir, CLASSES, list(names), option="workdir")
-
-
-def read_class_names(workdir: str) -> list[str] | None:
-  """Returns the names of a run's classes; None for a run of a time when they were not saved."""
-  try:
-    with open(os.path.join(workdir, CLASSES)) as file:
-      return json.load(file)
-  except (FileNotFoundError, ValueError):
-    return None
 
 
 def check_workdir(workdir: str, config: ml_collections.ConfigDict, option: str = "workdir") -> None:
