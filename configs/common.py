@@ -4,78 +4,75 @@ from ml_collections import ConfigDict, config_dict
 
 
 def base_config() -> ConfigDict:
-  """Returns a config with every key that the trainer reads; families fill in their choices."""
+  """Returns a config with every key that the trainer reads, at its default; families fill in their choices.
+
+  What the keys mean and may be is in vit_jax_ext/config_keys.py, and so in docs/config.md and `train --help`.
+  """
   config = ConfigDict()
   config.seed = 0
-  config.batch_size = 1024  # global: over all devices of all hosts
-  # How long: one of the two.
+  config.batch_size = 1024
   config.total_steps = config_dict.placeholder(int)
   config.total_epochs = config_dict.placeholder(float)
 
   config.model = ConfigDict()
   config.model.name = ""
   config.model.overrides = ConfigDict()  # keyword arguments of vit_jax_ext.create_model
-  # Where the weights come from: a file, a run's workdir, True for the published ones; None for random weights.
   config.pretrained = config_dict.placeholder(object)
 
   config.dataset = ConfigDict()
   config.dataset.name = ""
-  config.dataset.data_dir = config_dict.placeholder(str)  # None: TFDS's default, ~/tensorflow_datasets
+  config.dataset.data_dir = config_dict.placeholder(str)
   config.dataset.train_split = "train"
   config.dataset.eval_split = "validation"
   config.dataset.shuffle_buffer = 50_000
-  config.dataset.crop = config_dict.placeholder(float)  # evaluation's; None: as published for the size
-  config.dataset.shift = 0.0  # augmentation: largest displacement, share of a side
-  config.dataset.scale = 0.0  # augmentation: largest change of size
-
-  config.dataset.max_unreadable = 0.01  # share of the images; more that cannot be decoded end the run
+  config.dataset.crop = config_dict.placeholder(float)
+  config.dataset.shift = 0.0
+  config.dataset.scale = 0.0
+  config.dataset.max_unreadable = 0.01
 
   config.augment = ConfigDict()
   # On the host; see vit_jax_ext/data/input_pipeline.py.
-  config.augment.crop_scale = ()  # random crop of a share of the area within these bounds; (): the whole image
-  config.augment.interpolation = "bicubic"  # or "bilinear", or "random": one of the two for each image
-  config.augment.flip = 0.0  # probability
-  config.augment.randaugment = ""  # timm's name, such as rand-m9-mstd0.5-inc1
-  config.augment.color_jitter = 0.0  # of brightness, contrast and saturation
-  # How often an image comes in an epoch, differently augmented. 1: every image once. More: an epoch has as many steps,
-  # in whole batches, and so a part of the images, drawn anew each time (DeiT's RASampler).
+  config.augment.crop_scale = ()
+  config.augment.interpolation = "bicubic"
+  config.augment.flip = 0.0
+  config.augment.randaugment = ""
+  config.augment.color_jitter = 0.0
   config.augment.repeats = 1
   # In the training step, on the device; see vit_jax_ext/training/mixup.py.
-  config.augment.mixup = 0.0  # alpha of its Beta distribution; 0: off
-  config.augment.cutmix = 0.0  # likewise
-  config.augment.switch_probability = 0.5  # of cutmix instead of mixup, where both are on
-  config.augment.mixing_batch = config_dict.placeholder(int)  # images of one draw; None: the whole batch
-  config.augment.erasing = 0.0  # probability of random erasing
-  config.augment.erase_mixed = False  # erase after mixing, not before
+  config.augment.mixup = 0.0
+  config.augment.cutmix = 0.0
+  config.augment.switch_probability = 0.5
+  config.augment.mixing_batch = config_dict.placeholder(int)
+  config.augment.erasing = 0.0
+  config.augment.erase_mixed = False
 
   config.optimizer = ConfigDict()
-  config.optimizer.learning_rate = 1e-3  # peak
+  config.optimizer.learning_rate = 1e-3
   config.optimizer.initial_learning_rate = 1e-6
   config.optimizer.final_learning_rate = 1e-5
   config.optimizer.warmup_steps = 0
-  config.optimizer.warmup_epochs = 0.0  # besides warmup_steps
-  config.optimizer.warmup_prefix = True  # the cosine begins after the warm-up; False: under it, from the first step
-  config.optimizer.cooldown_epochs = 0.0  # the last of the training, at the final learning rate
-  config.optimizer.per_epoch = False  # the learning rate changes between epochs only
-  config.optimizer.epochs_behind = 0  # with per_epoch: epoch e has the learning rate of epoch e - this
+  config.optimizer.warmup_epochs = 0.0
+  config.optimizer.warmup_prefix = True
+  config.optimizer.cooldown_epochs = 0.0
+  config.optimizer.per_epoch = False
+  config.optimizer.epochs_behind = 0
   config.optimizer.weight_decay = 0.05
   config.optimizer.clip_norm = config_dict.placeholder(float)
   config.optimizer.accumulation_steps = 1
-  config.optimizer.layer_decay = 1.0  # factor of the learning rate from each layer to the one before
-  config.linear_probe = False  # train the classifier alone
+  config.optimizer.layer_decay = 1.0
+  config.linear_probe = False
   config.label_smoothing = 0.1
   config.cosine_regularizer = ConfigDict()
-  config.cosine_regularizer.weight = 0.0  # of the similarity of neighbouring blocks' attention maps (DeepViT-32b: 0.1)
-  config.cosine_regularizer.blocks = ()  # block i is compared with i + 1 (DeepViT-32b: 0 to 11)
-  config.ema_decay = 0.0  # 0: no averaged weights
+  config.cosine_regularizer.weight = 0.0  # DeepViT-32b: 0.1
+  config.cosine_regularizer.blocks = ()  # DeepViT-32b: 0 to 11
+  config.ema_decay = 0.0
 
-  config.skip_nonfinite = False  # leave out updates whose loss or gradients are not finite, instead of stopping
+  config.skip_nonfinite = False
   config.log_every_steps = 50
   config.eval_every_steps = 1000
   config.checkpoint = ConfigDict()
-  config.checkpoint.every_steps = 1000  # besides one at every evaluation
-  config.checkpoint.keep_last = 2  # besides the best
-  # Folder of compiled programs, for the next start; "auto": under the user's cache; "": none.
+  config.checkpoint.every_steps = 1000
+  config.checkpoint.keep_last = 2
   config.compilation_cache = "auto"
   config.mesh = ConfigDict(dict(data=-1, fsdp=1, model=1))
 

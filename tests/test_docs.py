@@ -12,6 +12,7 @@ import pytest
 import main
 from tests.command_line import execute
 from vit_jax_ext import config as configs
+from vit_jax_ext.config_keys import KEYS
 from vit_jax_ext.models import registry
 from vit_jax_ext.studies.study import find_studies
 
@@ -64,6 +65,11 @@ def test_every_key_exists(page):
   known = set(configs.flatten(config.to_dict())) | {"KEY", "model.overrides.KEY"}
   for key in re.findall(r"--config\.([\w.]*\w)", page.read_text()):
     assert key in known or key.startswith("model.overrides."), f"{page.name} names config.{key}"
+
+
+def test_the_page_of_keys_is_the_table():
+  rows = [line for line in TEXTS["config.md"].splitlines() if line.startswith("| `")]
+  assert rows == [f"| `{name}` | {key.rule} | {key.meaning} |" for name, key in KEYS.items()]
 
 
 def test_commands_are_found():

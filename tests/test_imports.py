@@ -44,6 +44,8 @@ models.fused_attention
 models.kernels
 compilation_cache
 config  console  files
+config_keys
+rules
 errors
 """
 ROW = {name: number for number, row in enumerate(HOUSE.strip().splitlines()) for name in row.split()}

@@ -2,14 +2,17 @@
 
 import ast
 from collections.abc import Mapping, Sequence
-import difflib
 import importlib.util
 import os
 import pathlib
+import traceback
 import types
+from typing import Any
 
 import ml_collections
 
+from vit_jax_ext import config_keys
+from vit_jax_ext.config_keys import KEYS, OPTIONS
 from vit_jax_ext.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -31,9 +34,28 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
   if argument and variants and argument not in variants:
     raise UserError(f"config {path} does not know the argument {argument!r}; choose one of {', '.join(variants)}")
   try:
-    return module.get_config(argument) if argument else module.get_config()
+    config = module.get_config(argument) if argument else module.get_config()
   except (KeyError, ValueError) as error:
     raise UserError(f"config {path} does not know the argument {argument!r}; {error.args[0]}") from None
+  except Exception as error:
+    raise _broken(path, error) from None
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise UserError(f"config {path}: get_config returns {type(config).__name__}; return an ml_collections.ConfigDict")
+  return config
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """Returns a config with every key at its default: configs/common.py's."""
+  return _load_module(str(CONFIGS / "common.py"), "base_config").base_config()
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Checks all that can be known of a config without its dataset and devices; see `config_keys`.
+
+  Raises:
+    UserError: a key is unknown or missing, or a value does not fit.
+  """
+  config_keys.check_values(flatten(config.to_dict()))
 
 
 def read_study(spec: str) -> tuple[str, dict[str, str]]:
@@ -53,63 +75,75 @@ def read_study(spec: str) -> tuple[str, dict[str, str]]:
   return title, dict(study) if isinstance(study, Mapping) else {argument: argument for argument in study}
 
 
-def _load_module(path: str) -> types.ModuleType:
+def _load_module(path: str, function: str = "get_config") -> types.ModuleType:
   if not os.path.isfile(path):
     raise UserError(f"config {path} does not exist; give a file such as configs/digits.py")
   module_spec = importlib.util.spec_from_file_location("experiment_config", path)
   if module_spec is None:
     raise UserError(f"config {path} is no Python file; give one such as configs/digits.py")
   module = importlib.util.module_from_spec(module_spec)
-  module_spec.loader.exec_module(module)
-  if not hasattr(module, "get_config"):
-    raise UserError(f"config {path} defines no get_config(argument); see configs/digits.py for one that does")
+  try:
+    module_spec.loader.exec_module(module)
+  except Exception as error:
+    raise _broken(path, error) from None
+  if not hasattr(module, function):
+    raise UserError(f"config {path} defines no {function}(argument); see configs/digits.py for one that does")
   return module
+
+
+def _broken(path: str, error: Exception) -> UserError:
+  """Returns what a user shall know of an exception in a config file."""
+  line = traceback.extract_tb(error.__traceback__)[-1].lineno if error.__traceback__ else None
+  line = getattr(error, "lineno", None) or line  # of a SyntaxError
+  why = " ".join(f"{type(error).__name__}: {error}".split())
+  return UserError(f"config {path} fails in line {line} ({why}); mend the file")
 
 
 def override(config: ml_collections.ConfigDict, assignments: Sequence[str]) -> None:
   """Sets config values from "key.path=value" strings; values are Python literals or plain text.
 
-  Keys must exist and keep their type, save below `model.overrides`, which `create_model` checks. One follows the other;
-  smoke=True sets all that stands below `when_smoke`.
+  Keys must exist, and values fit their rules, save below `model.overrides`, which `create_model` checks. One follows
+  the other; smoke=True sets all that stands below `when_smoke`.
 
   Raises:
-    UserError: an unknown key (names the nearest ones) or a value of another type.
+    UserError: an unknown key (names the nearest ones), or a value that does not fit.
   """
   for assignment in assignments:
     key, equals, text = assignment.partition("=")
     if not equals:
       raise UserError(f"--config.{key} has no value; write --config.{key}=VALUE")
     *parents, leaf = key.split(".")
-    words = {"true": "True", "false": "False"}
-    if parents != ["model", "overrides"]:  # whose fusion=none is a name
-      words["none"] = "None"
-    try:
-      value = ast.literal_eval(words.get(text.lower(), text))
-    except (SyntaxError, ValueError):
-      value = text
     node = config
-    for i, parent in enumerate(parents):
+    for parent in parents:
       node = node.get(parent) if isinstance(node, ml_collections.ConfigDict) else None
-      if not isinstance(node, ml_collections.ConfigDict):
-        raise _unknown_key(config, ".".join(parents[: i + 1]))
-    if leaf not in node and parents != ["model", "overrides"]:
-      raise _unknown_key(config, key)
-    try:
-      with node.unlocked():
-        node[leaf] = value
-    except TypeError:
-      expected = type(node[leaf]).__name__
-      raise UserError(
-        f"--config.{key}={text} is of type {type(value).__name__}; give a value of type {expected}"
-      ) from None
+    option = key.startswith(OPTIONS) and len(parents) == 2
+    known = isinstance(node, ml_collections.ConfigDict) and (leaf in node or option)
+    if not leaf or not known or isinstance(node.get(leaf), ml_collections.ConfigDict):
+      raise config_keys.unknown_key(key)
+    value = _parse(key, text)
+    if key in KEYS:
+      KEYS[key].rule.check(f"config.{key}=", value, KEYS[key].meaning)
+      value = float(value) if KEYS[key].rule.kind is float and isinstance(value, int) else value
+    with node.unlocked(), node.ignore_type():
+      node[leaf] = value
     if key == "smoke" and value:
       config.update(config.when_smoke)
 
 
-def _unknown_key(config: ml_collections.ConfigDict, key: str) -> UserError:
-  known = list(flatten(config.to_dict()))
-  nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)
-  return UserError(f"config key {key!r} is unknown; did you mean {', '.join(nearest)}?")
+def _parse(key: str, text: str) -> Any:
+  """Returns what a value on the command line means: a Python literal, or plain text where it is none or text is due."""
+  words = {"true": "True", "false": "False", "none": "None"}
+  rule = KEYS[key].rule if key in KEYS else None
+  if key.startswith(OPTIONS):
+    del words["none"]  # fusion=none is a name
+  if rule and rule.kind is str:
+    return None if rule.optional and text.lower() == "none" else text
+  if text.strip().lower() in ("nan", "inf", "-inf"):
+    return float(text)
+  try:
+    return ast.literal_eval(words.get(text.lower(), text))
+  except (SyntaxError, ValueError, MemoryError, RecursionError):
+    return text
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:

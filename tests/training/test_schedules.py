@@ -81,3 +81,19 @@ def test_the_first_two_epochs_of_deit_begin_the_warm_up():
   schedule = learning_rate_schedule(config, EXAMPLES)
   assert [float(schedule(step)) for step in (0, 1251, 2501)] == pytest.approx([1e-6] * 3, rel=1e-4)
   assert float(schedule(2502)) == pytest.approx(1e-6 + (1e-3 - 1e-6) / 5, rel=1e-3)
+
+
+def test_a_run_too_short_for_its_warm_up_scales_it_and_says_so(caplog):
+  """The default config in 20 steps, and a recipe in 100: a tenth of the run, in the recipe's proportion."""
+  config = load("configs/digits.py:crossvit")
+  config.total_steps = 20
+  rates = np.array([learning_rate_schedule(config, 1437)(step) for step in range(20)])
+  np.testing.assert_allclose(rates[[0, 1, 2]], [1e-6, (1e-6 + 1.5e-3) / 2, 1.5e-3], rtol=1e-5)
+  assert (np.diff(rates[2:]) < 0).all()
+  assert "50 and 0 steps do not fit into 20 steps; they are scaled to 2 and 0" in caplog.text
+  config = load("configs/deepvit.py:s")
+  config.total_steps, config.total_epochs = 100, None
+  learning_rate_schedule(config, 1_281_167)
+  assert "do not fit into 100 steps; they are scaled to 3 and 6" in caplog.text
+  config.total_steps = 1
+  assert learning_rate_schedule(config, 1_281_167)(0) == config.optimizer.learning_rate

@@ -12,6 +12,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+from vit_jax_ext import config_keys
 from vit_jax_ext.errors import Preempted, Stopped, UserError
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def add_workdirs(parser: argparse.ArgumentParser) -> None:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-  """Adds --config."""
+  """Adds --config, and tells its keys."""
+  parser.epilog = f"{parser.epilog}\nKeys of the config, what they may be and mean:\n{config_keys.describe()}\n"
   parser.add_argument("--config", metavar="FILE[:ARG]", help="experiment (default: configs/digits.py)")
 
 
@@ -94,6 +96,7 @@ def new_experiment(args: argparse.Namespace) -> tuple["ml_collections.ConfigDict
 
   config = configs.load_config(args.config or configs.DEFAULT)
   configs.override(config, args.overrides)
+  configs.check(config)
   compilation_cache.use(config)
   return config, args.workdir or default_workdir(args)
 
@@ -149,6 +152,7 @@ def trained_models(
     pairs = [(read_workdir_config(workdir), workdir) for workdir in workdirs or [default_workdir(args)]]
   for config, _ in pairs:
     configs.override(config, args.overrides)
+    configs.check(config)
   compilation_cache.use(pairs[0][0])
   return pairs
 

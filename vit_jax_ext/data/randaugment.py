@@ -31,8 +31,8 @@ def parse(name: str) -> Policy:
   found = [re.fullmatch(r"(m|mstd)(\d+\.?\d*)|(n)(\d+)|(inc)(1)", section) for section in sections]
   if head != "rand" or "inc1" not in sections or not all(found):
     raise UserError(
-      f"augmentation {name!r} is unknown; write rand-m9-mstd0.5-inc1, with other numbers after m (magnitude) and mstd "
-      f"(its deviation), and -n3 for three operations per image in place of two"
+      f"augment.randaugment={name} is unknown; write rand-m9-mstd0.5-inc1, with other numbers after m (magnitude) and "
+      f"mstd (its deviation), and -n3 for three operations per image in place of two"
     )
   numbers = {key: float(number) for match in found for key, number in [filter(None, match.groups())]}
   std = numbers.get("mstd", 0.0)

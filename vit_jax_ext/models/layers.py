@@ -179,16 +179,26 @@ def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
 
 
 def check_images(images: jax.Array, image_size: tuple[int, int]) -> None:
-  """Checks that images are (B, *image_size, 3).
+  """Checks that images are floating-point numbers (B, *image_size, 3).
 
   Raises:
     UserError: they are not; says what the model takes.
   """
-  if images.shape[1:] != (*image_size, 3):
+  if not jnp.issubdtype(images.dtype, jnp.floating):
     raise UserError(
-      f"images of shape {images.shape} do not fit; this model takes (batch, {image_size[0]}, {image_size[1]}, 3): "
-      f"resize them, or create the model with image_size={images.shape[1:3]}"
+      f"images of type {images.dtype} are not normalised; give floating-point ones, (images / 255 - mean) / std with "
+      "mean and std of vit_jax_ext.models.registry.get_variant(name)"
     )
+  if images.shape[1:] == (*image_size, 3):
+    return
+  takes = f"images of shape {images.shape} do not fit; this model takes (batch, {image_size[0]}, {image_size[1]}, 3)"
+  if images.ndim != 4:
+    raise UserError(f"{takes}, four dimensions; stack images, or add one with images[None]")
+  if images.shape[1] == 3 and images.shape[3] != 3:
+    raise UserError(f"{takes}, channels last; give images.transpose(0, 2, 3, 1)")
+  if images.shape[3] != 3:
+    raise UserError(f"{takes}, three colours; convert them to RGB")
+  raise UserError(f"{takes}: resize them, or create the model with image_size={images.shape[1:3]}")
 
 
 def fit_window(side: int, window_size: int) -> int:

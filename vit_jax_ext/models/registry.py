@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import dataclasses
 import difflib
 import inspect
+import numbers
 from typing import Any
 
 from flax import nnx
@@ -19,6 +20,7 @@ from vit_jax_ext.models.deepvit import DeepViT
 from vit_jax_ext.models.layers import DepthwiseConv, MultiHeadAttention
 from vit_jax_ext.models.swin import Swin
 from vit_jax_ext.models.vit import VisionTransformer
+from vit_jax_ext.rules import POSITIVE, RATE, SWITCH, TEXT, Rule, integer
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -215,7 +217,7 @@ def get_variant(name: str) -> Variant:
     UserError: the name is unknown; offers the nearest ones.
   """
   if name not in VARIANTS:
-    nearest = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.4)
+    nearest = difflib.get_close_matches(str(name), VARIANTS, n=3, cutoff=0.4)
     remedy = f"did you mean {', '.join(nearest)}?" if nearest else "see vit_jax_ext.list_models()"
     raise UserError(f"model {name!r} is unknown; {remedy}")
   return VARIANTS[name]
@@ -233,13 +235,57 @@ def _float_dtype(argument: str, value: Any) -> jnp.dtype:
   return dtype
 
 
-def _options(model: type[nnx.Module]) -> set[str]:
-  """Returns the keyword arguments of a model's class, and of the bases that it passes the rest on to."""
-  options = set()
-  for cls in model.__mro__:
+def _options(model: type[nnx.Module]) -> dict[str, Any]:
+  """Returns the keyword arguments of a model's class, and of its bases: name -> default."""
+  options = {}
+  for cls in reversed(model.__mro__):
     parameters = inspect.signature(cls.__init__).parameters.values()
-    options |= {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    options |= {
+      parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY
+    }
   return options
+
+
+# What an option may be; where a variant has a list, it is a list. Names are checked where they are looked up.
+_RULES = {
+  "num_classes": integer(0),
+  "image_size": integer(1),
+  "patch_size": integer(1),
+  "embed_dim": integer(1),
+  "depth": integer(1),
+  "depths": integer(1),
+  "num_heads": integer(1),
+  "mlp_ratio": POSITIVE,
+  "window_size": integer(1),
+  "split_size": integer(1),
+  "drop_rate": RATE,
+  "attn_drop_rate": RATE,
+  "drop_path_rate": RATE,
+  "remat": SWITCH,
+  "multi_conv": SWITCH,
+  "conv_stem": SWITCH,
+  "fusion": TEXT,
+  "reattention_blocks": integer(0, nesting=1, empty=True, optional=True),
+  "reattention_norm": TEXT,
+  "reatten_scale": Rule(optional=True),
+  "scale_adjustment": Rule(),
+  "statistics_batch": integer(1, optional=True),
+  "local_attention": TEXT,
+  "clustering": TEXT,
+  "overlap": integer(0),
+  "iterations": integer(0),
+  "cluster_size": integer(1),
+}
+
+
+def _check_options(variant: Variant, options: Mapping[str, Any]) -> None:
+  """Raises UserError unless each option is of the type, nesting and range that its class takes."""
+  for name, value in options.items():
+    rule, usual = _RULES[name], variant.kwargs.get(name, _options(variant.model)[name])
+    if isinstance(usual, tuple):  # CrossViT has two branches
+      length = 2 if issubclass(variant.model, CrossViT) else None
+      rule = dataclasses.replace(rule, nesting=1 + isinstance(usual[0], tuple), length=length)
+    rule.check(f"{name} ", value)
 
 
 class _ParamKeys:
@@ -297,16 +343,18 @@ def create_model(
   for key in overrides:
     if key not in known:
       raise UserError(f"{name} has no option {key!r}; it has {', '.join(sorted(known))}")
-  if num_classes < 0:
-    raise UserError(f"num_classes {num_classes} is negative; give 0 for pooled features or the number of classes")
+  _RULES["num_classes"].check("num_classes ", num_classes, "0: pooled features")
+  _check_options(variant, overrides)
   if attention not in IMPLEMENTATIONS:
     raise UserError(f"attention {attention!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
   size = variant.image_size if image_size is None else image_size
+  sizes = (size, size) if isinstance(size, numbers.Integral) else size
+  dataclasses.replace(_RULES["image_size"], nesting=1, length=2).check("image_size ", sizes, "height and width")
   keys = _ParamKeys(rngs)
   model = variant.model(
     **(variant.kwargs | overrides),
     num_classes=num_classes,
-    image_size=(size, size) if isinstance(size, int) else tuple(size),
+    image_size=tuple(sizes),
     dtype=_float_dtype("dtype", dtype),
     param_dtype=_float_dtype("param_dtype", param_dtype),
     rngs=keys,

@@ -176,6 +176,7 @@ def read_study(
   for argument, label in labels.items():
     config = configs.load_config(f"{spec}:{argument}")
     configs.override(config, overrides)
+    configs.check(config)
     twin = seen.setdefault(config.to_json_best_effort(sort_keys=True), label)
     if twin != label:
       raise UserError(f"study {name}: {twin!r} and {label!r} do not differ with --config."

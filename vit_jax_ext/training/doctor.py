@@ -1,12 +1,11 @@
 """What would end an expensive job in its first hour, found out in seconds."""
 
 from collections.abc import Callable, Iterator
-import os
-import tempfile
 
 import jax
 import ml_collections
 
+from vit_jax_ext import config as configs
 from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import Dataset, open_dataset
 from vit_jax_ext.errors import UserError
@@ -20,7 +19,7 @@ from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.sharding import axis_sizes, bytes_per_device, limit_at_hand
 from vit_jax_ext.training.train_step import activation_bytes
 from vit_jax_ext.workdir import checkpoint
-from vit_jax_ext.workdir.config import check_workdir
+from vit_jax_ext.workdir.config import check_workdir, check_writable
 
 
 def examine(
@@ -34,6 +33,11 @@ def examine(
     config, workdir: of the run.
     target: devices that it is for; the step is compiled for them. By default those at hand, and nothing is compiled.
   """
+  try:
+    configs.check(config)
+  except UserError as error:  # whatever else would stumble over it
+    yield "config", False, str(error)
+    return
   for name, check in _checks(config, workdir, target):
     try:
       yield name, True, check()
@@ -64,6 +68,7 @@ def _checks(
     found["experiment"] = Experiment(
       config, len(dataset.class_names), examples, devices=target.devices if target else None
     )
+    input_pipeline.train_augmentation(config.augment, (32, 32), (0, 0, 0), config.dataset.shift, config.dataset.scale)
     mesh = found["experiment"].mesh
     return (
       f"{config.model.name} on mesh {', '.join(f'{axis}={size}' for axis, size in axis_sizes(mesh).items())}; "
@@ -129,14 +134,7 @@ def _check_compiled_memory(config: ml_collections.ConfigDict, experiment: Experi
 
 def _check_workdir(config: ml_collections.ConfigDict, workdir: str, experiment: Experiment | None) -> str:
   check_workdir(workdir, config)
-  folder = os.path.abspath(workdir)
-  while not os.path.isdir(folder):
-    folder = os.path.dirname(folder)
-  try:
-    with tempfile.TemporaryFile(dir=folder):
-      pass
-  except OSError as error:
-    raise UserError(f"workdir {workdir} cannot be written: {error.strerror}; choose another --workdir") from None
+  check_writable(workdir)
   step = checkpoint.latest_step(workdir)
   if not step:
     return f"{workdir} can be written; the run would begin at step 0"

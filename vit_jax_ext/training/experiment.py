@@ -6,19 +6,25 @@ Imports no TensorFlow: the dataset counts as two numbers.
 from collections.abc import Sequence
 import functools
 
+from absl import logging
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
 
+from vit_jax_ext import config as configs
+from vit_jax_ext import config_keys
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import registry
 from vit_jax_ext.models.functional import split_model
+from vit_jax_ext.rules import LARGEST
 from vit_jax_ext.training import mixup, optimizer, sharding
 from vit_jax_ext.training.losses import Loss, attention_cosine_loss, make_loss
 from vit_jax_ext.training.partition import Layout
 from vit_jax_ext.training.train_step import TrainState, init_state, make_train_step
+
+SHORT_RUN_SHARE = 0.1  # of a run that is too short for its warm-up and cool-down: what they then have together
 
 
 def epoch_in_steps(config: ml_collections.ConfigDict, examples: int) -> float:
@@ -32,29 +38,39 @@ def number_of_steps(config: ml_collections.ConfigDict, examples: int) -> int:
   """Returns `total_steps`, or `total_epochs` in steps.
 
   Raises:
-    UserError: neither or both are given.
+    UserError: neither or both are given, or the epochs are no step, or too many.
   """
-  if (config.total_steps is None) == (config.total_epochs is None):
+  config_keys.check_length(config.total_steps, config.total_epochs)
+  steps = config.total_steps or round(config.total_epochs * epoch_in_steps(config, examples))
+  if not 0 < steps <= LARGEST:
     raise UserError(
-      f"config.total_steps={config.total_steps} and config.total_epochs={config.total_epochs}: give one of them"
+      f"config.total_epochs={config.total_epochs} are {steps} steps of {config.batch_size} images; give another number"
     )
-  return config.total_steps or round(config.total_epochs * epoch_in_steps(config, examples))
+  return steps
 
 
 def learning_rate_schedule(config: ml_collections.ConfigDict, examples: int) -> optax.Schedule:
   """Returns the learning rate by step; epochs are passes over `examples` images.
 
-  Raises:
-    UserError: warm-up and cool-down leave no step between them.
+  A warm-up and cool-down that leave no step between them are scaled, and the log says so.
   """
-  steps_per_epoch = epoch_in_steps(config, examples)
+  steps_per_epoch, total_steps = epoch_in_steps(config, examples), number_of_steps(config, examples)
+  warmup = config.optimizer.warmup_steps + round(config.optimizer.warmup_epochs * steps_per_epoch)
+  cooldown = round(config.optimizer.cooldown_epochs * steps_per_epoch)
+  if warmup + cooldown >= total_steps:
+    asked, room = (warmup, cooldown), total_steps * SHORT_RUN_SHARE / (warmup + cooldown)
+    warmup, cooldown = int(warmup * room), int(cooldown * room)
+    logging.warning(
+      "warm-up and cool-down of %d and %d steps do not fit into %d steps; they are scaled to %d and %d",
+      *asked, total_steps, warmup, cooldown,
+    )  # fmt: skip
   return optimizer.learning_rate_schedule(
     peak=config.optimizer.learning_rate,
     initial=config.optimizer.initial_learning_rate,
     floor=config.optimizer.final_learning_rate,
-    warmup_steps=config.optimizer.warmup_steps + round(config.optimizer.warmup_epochs * steps_per_epoch),
-    total_steps=number_of_steps(config, examples),
-    cooldown_steps=round(config.optimizer.cooldown_epochs * steps_per_epoch),
+    warmup_steps=warmup,
+    total_steps=total_steps,
+    cooldown_steps=cooldown,
     warmup_prefix=config.optimizer.warmup_prefix,
     steps_per_epoch=steps_per_epoch if config.optimizer.per_epoch else None,
     epochs_behind=config.optimizer.epochs_behind,
@@ -92,6 +108,9 @@ class Experiment:
     examples: int,
     devices: Sequence[jax.Device] | None = None,
   ):
+    configs.check(config)
+    if num_classes < 2:
+      raise UserError(f"the dataset has {num_classes} class, and nothing to tell apart; give one with two or more")
     self.total_steps = number_of_steps(config, examples)
     self.mesh = sharding.make_mesh(config.mesh, devices)
     self.by_batch = sharding.batch_sharding(self.mesh)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from vit_jax_ext import config as configs
 from vit_jax_ext.console import Progress
 from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import open_dataset
@@ -58,6 +59,7 @@ def train(
     RunError: the workdir cannot be written any more, or the loss is not finite.
     Preempted: SIGTERM came, and the state is saved.
   """
+  configs.check(config)
   # The dataset says how many classes there are and how long an epoch is; nothing is allocated yet.
   data = config.dataset
   with distributed.first_process_first("dataset"):
@@ -67,6 +69,9 @@ def train(
   experiment = Experiment(config, *facts)
   model, total_steps = experiment.model, experiment.total_steps
   init, train_step = experiment.init, experiment.train_step
+  augment = input_pipeline.train_augmentation(
+    config.augment, model.image_size, experiment.variant.mean, data.shift, data.scale
+  )
   if compiled:
     init, train_step = ahead.load(compiled, experiment, config, *facts)
 
@@ -122,9 +127,7 @@ def train(
     first_step=first_step,
     total_steps=total_steps,
     shuffle_buffer=data.shuffle_buffer,
-    augment=input_pipeline.train_augmentation(
-      config.augment, model.image_size, experiment.variant.mean, data.shift, data.scale
-    ),
+    augment=augment,
     repeats=config.augment.repeats,
     max_unreadable=data.max_unreadable,
   )

@@ -3,9 +3,12 @@
 import json
 import os
 import pathlib
+import tempfile
+from typing import Any
 
 import ml_collections
 
+from vit_jax_ext import config as configs
 from vit_jax_ext.config import flatten
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.files import user_cache, write_json
@@ -32,11 +35,26 @@ def read_workdir_config(workdir: str) -> ml_collections.ConfigDict:
   path = os.path.join(workdir, FILE)
   try:
     with open(path) as file:
-      return ml_collections.ConfigDict(json.load(file))
-  except FileNotFoundError:
+      config = ml_collections.ConfigDict(_complete(json.load(file), configs.default_config().to_dict()))
+    configs.check(config)
+    return config
+  except (FileNotFoundError, NotADirectoryError):
     raise UserError(f"workdir {workdir} holds no run ({FILE} is missing); train one with --workdir={workdir}") from None
-  except ValueError as error:
+  except OSError as error:
+    raise UserError(f"{path} cannot be read: {error.strerror}; check its permissions") from None
+  except ValueError as error:  # a UserError is one
     raise UserError(f"{path} is damaged ({error}); restore it, or train anew in another workdir") from None
+
+
+def _complete(values: Any, defaults: dict) -> dict:
+  """Returns the values and what they lack: a key that did not exist then has its default now, which changes nothing."""
+  if not isinstance(values, dict):
+    raise ValueError(f"{type(values).__name__} where a group of keys is due")
+  missing = {
+    key: _complete(values.get(key, {}), default) if isinstance(default, dict) else values.get(key, default)
+    for key, default in defaults.items()
+  }
+  return values | missing
 
 
 def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
@@ -46,8 +64,21 @@ def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
     UserError: the folder cannot be written, belongs to another config, or holds something else.
   """
   check_workdir(workdir, config)
+  check_writable(workdir)
   if not os.path.exists(os.path.join(workdir, FILE)):
     write_json(workdir, FILE, json.loads(config.to_json_best_effort()), option="workdir")
+
+
+def check_writable(workdir: str) -> None:
+  """Raises UserError unless a file can be made in `workdir`, or in the folder in which it would be made."""
+  folder = os.path.abspath(workdir)
+  while not os.path.lexists(folder):
+    folder = os.path.dirname(folder)
+  try:
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as error:
+    raise UserError(f"workdir {workdir} cannot be written: {error.strerror}; choose another --workdir") from None
 
 
 def check_workdir(workdir: str, config: ml_collections.ConfigDict, option: str = "workdir") -> None:
@@ -61,13 +92,15 @@ def check_workdir(workdir: str, config: ml_collections.ConfigDict, option: str =
   Raises:
     UserError: it has another one, or the folder holds something else.
   """
+  if os.path.isfile(workdir):
+    raise UserError(f"workdir {workdir} is a file; choose another --{option}")
   if not os.path.exists(os.path.join(workdir, FILE)):
     if os.path.exists(os.path.join(workdir, "checkpoints")):
       raise UserError(f"workdir {workdir} holds checkpoints without a {FILE}; choose another --{option}")
     return
   new = json.loads(config.to_json_best_effort())
   old, new = flatten(read_workdir_config(workdir).to_dict()), flatten(new)
-  for key in sorted(old):  # a key that did not exist then has its default now, which changes nothing
+  for key in sorted(old):
     if not key.startswith(FREE_KEYS) and old.get(key) != new.get(key):
       raise UserError(
         f"workdir {workdir} was made with config.{key}={old.get(key)}, this run has {new.get(key)}; "
