@@ -23,7 +23,7 @@ from vit_jax_ext.workdir import checkpoint
 def evaluate(
   eval_step: Callable[[Any, Any, Batch], Metrics], params: Any, stats: Any, batches: Iterable[Batch]
 ) -> dict[str, float]:
-  """Returns loss (mean cross-entropy), top1 and top5 (shares) and ece over all images of `batches`.
+  """Returns loss (mean cross-entropy), top1 and top5 (shares) and ece over all images of `batches`, and their number.
 
   ece is the expected calibration error (Guo et al. 2017, equation 3): the mean over the images of the difference, in
   their bin of confidence, between mean confidence and share of hits.
@@ -37,7 +37,7 @@ def evaluate(
   totals = jax.tree.map(lambda *values: np.sum(values, axis=0, dtype=np.float64), *jax.device_get(sums))
   count, overconfidence = totals.pop("count"), totals.pop("overconfidence")
   scores = {name: float(total / count) for name, total in totals.items()}
-  return scores | {"ece": float(np.abs(overconfidence).sum() / count)}
+  return scores | {"ece": float(np.abs(overconfidence).sum() / count), "images": int(count)}
 
 
 def jit_eval_step(variant: registry.Variant, model: nnx.Module, layout: Layout) -> Callable[[Any, Any, Batch], Metrics]:
@@ -55,6 +55,7 @@ class SplitEvaluator:
 
   Attributes:
     layout: where the weights lie.
+    counted: images of the last evaluation; those that cannot be decoded, or have no valid label, are not.
   """
 
   def __init__(
@@ -83,7 +84,9 @@ class SplitEvaluator:
         on_batch()
         yield batch
 
-    return evaluate(self._step, params, stats, input_pipeline.prefetch_to_devices(batches(), self._by_batch))
+    scores = evaluate(self._step, params, stats, input_pipeline.prefetch_to_devices(batches(), self._by_batch))
+    self.counted = scores.pop("images")
+    return scores
 
 
 def load_weights(
@@ -123,13 +126,14 @@ def evaluate_weights(config: ml_collections.ConfigDict, workdir: str | None) -> 
     workdir: the run's; None to evaluate `config.pretrained`.
 
   Returns:
-    weights, what they are in words; their step, None if they are of no run; dataset, split and its number of images;
+    weights, what they are in words; their step, None if they are of no run; dataset, split and how many of its images
+    counted;
     eval/SCORE and, where there are averages, eval_ema/SCORE for the scores of `evaluate`.
   """
   with distributed.first_process_first("dataset"):
     dataset = open_dataset(config.dataset.name, config.dataset.data_dir)
   split = config.dataset.eval_split
-  about = {"dataset": config.dataset.name, "split": split, "images": dataset.num_examples(split)}
+  dataset.num_examples(split)  # refused now if there is no such split
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch_size("batch_size", config.batch_size, mesh)
   model = registry.abstract_model(config.model, len(dataset.class_names))
@@ -140,4 +144,5 @@ def evaluate_weights(config: ml_collections.ConfigDict, workdir: str | None) -> 
     if not ema or (workdir and config.ema_decay):
       name, step, weights = load_weights(config, workdir, model, evaluator.layout.weights, ema=ema)
       scores |= {f"{prefix}/{score}": value for score, value in evaluator(**weights).items()}
-  return {"weights": name, "step": step} | about | scores
+  about = {"weights": name, "step": step, "dataset": config.dataset.name, "split": split, "images": evaluator.counted}
+  return about | scores

@@ -10,26 +10,22 @@ from clu import asynclib, metric_writers
 import jax
 
 from vit_jax_ext.workdir.disk import writing
-from vit_jax_ext.workdir.metrics import FILE
+from vit_jax_ext.workdir.metrics import FILE, read_metrics
 
 
 class JsonlWriter(metric_writers.LoggingWriter):
   """A clu writer that appends scalars to `metrics.jsonl`, one object per line: step, then the values.
 
-  Lines of steps after `first_step`, left by a run that went on past its last checkpoint, are dropped: they are about
-  to be written again.
+  Damaged lines are dropped, and those of steps after `first_step`, left by a run that went on past its last checkpoint:
+  they are about to be written again.
   """
 
   def __init__(self, workdir: str, first_step: int):
     super().__init__()
     path = os.path.join(workdir, FILE)
-    kept = []
-    if os.path.exists(path):
-      with open(path) as file:
-        lines = [line for line in file if line.endswith("\n")]  # a killed run may leave half a line
-      kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+    kept = [row for row in read_metrics(workdir) if row["step"] <= first_step]
     with open(path + ".tmp", "w") as file:
-      file.writelines(kept)
+      file.writelines(json.dumps(row) + "\n" for row in kept)
     os.replace(path + ".tmp", path)
     self._file = open(path, "a")  # noqa: SIM115
 
