@@ -31,7 +31,7 @@ training.optimizer
 pretrained
 weight_files
 workdir.checkpoint  workdir.writers
-workdir.config  workdir.metrics  workdir.analysis  workdir.digests  workdir.disk
+workdir.config  workdir.metrics  workdir.analysis  workdir.digests  workdir.disk  workdir.lock
 data
 models.registry
 models.boat

@@ -17,6 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
   """Trains."""
   with commands.resumable():
+    from vit_jax_ext.workdir import lock
+
+    config, workdir = commands.new_experiment(args)
+    if not (args.distributed or args.coordinator):  # of one host, before anything heavy is imported
+      lock.check(workdir)
     commands.join_processes(args)
     from vit_jax_ext.training.accelerators import unused
 
@@ -24,4 +29,4 @@ def run(args: argparse.Namespace) -> None:
       print(f"warning: {remark}", file=sys.stderr)
     from vit_jax_ext.training.train import train
 
-    train(*commands.new_experiment(args), compiled=args.compiled)
+    train(config, workdir, compiled=args.compiled)

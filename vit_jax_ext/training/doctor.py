@@ -18,7 +18,7 @@ from vit_jax_ext.training import accelerators
 from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.sharding import axis_sizes, bytes_per_device, limit_at_hand
 from vit_jax_ext.training.train_step import activation_bytes
-from vit_jax_ext.workdir import checkpoint
+from vit_jax_ext.workdir import checkpoint, lock
 from vit_jax_ext.workdir.config import check_workdir, check_writable
 
 
@@ -135,6 +135,7 @@ def _check_compiled_memory(config: ml_collections.ConfigDict, experiment: Experi
 def _check_workdir(config: ml_collections.ConfigDict, workdir: str, experiment: Experiment | None) -> str:
   check_workdir(workdir, config)
   check_writable(workdir)
+  lock.check(workdir)
   step = checkpoint.latest_step(workdir)
   if not step:
     return f"{workdir} can be written; the run would begin at step 0"

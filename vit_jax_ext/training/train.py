@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import concurrent.futures
+import contextlib
 import dataclasses
 import time
 
@@ -23,7 +24,7 @@ from vit_jax_ext.training import ahead, distributed, faults
 from vit_jax_ext.training.evaluate import SplitEvaluator
 from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.train_step import TrainState
-from vit_jax_ext.workdir import checkpoint
+from vit_jax_ext.workdir import checkpoint, lock
 from vit_jax_ext.workdir.config import claim_workdir
 from vit_jax_ext.workdir.writers import open_writer
 
@@ -55,11 +56,22 @@ def train(
     The metrics of the last evaluation.
 
   Raises:
-    UserError: whatever does not fit in the config, the dataset or the workdir; nothing is then overwritten.
+    UserError: whatever does not fit in the config, the dataset or the workdir, in which another process may be writing;
+      nothing is then overwritten.
     RunError: the workdir cannot be written any more, or the loss is not finite.
     Preempted: SIGTERM came, and the state is saved.
   """
   configs.check(config)
+  with contextlib.nullcontext() if jax.process_index() else lock.hold(workdir):
+    return _train(config, workdir, new_progress, compiled)
+
+
+def _train(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  new_progress: Callable[[int, int], Progress],
+  compiled: str | None,
+) -> dict[str, float]:
   # The dataset says how many classes there are and how long an epoch is; nothing is allocated yet.
   data = config.dataset
   with distributed.first_process_first("dataset"):

@@ -1,0 +1,152 @@
+"""Who is writing into a workdir: one process of a run, whose host and number stand in a file there.
+
+The file works wherever files do, on shared file systems and in buckets. A process that is killed leaves it behind: on
+its own host it is known to be gone, to other hosts because the file is not touched any more.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import socket
+import threading
+import time
+
+from absl import logging
+from etils import epath
+import psutil
+
+from vit_jax_ext.errors import UserError
+
+FILE = "lock.json"
+BEAT = 2.0  # seconds between touches
+DEAD = 30.0  # seconds without one, after which a process of another host is taken for gone
+SETTLE = 0.5  # seconds in which a file that several write at once has become that of the last
+
+
+def check(workdir: str) -> None:
+  """Raises UserError if another living process writes into `workdir`; says which and since when."""
+  path = epath.Path(workdir).expanduser() / FILE
+  owner = _read(path)
+  if owner is not None and owner != _me() and _lives(path, owner):
+    raise UserError(
+      f"workdir {workdir} is being written by {_name(owner)}; wait for it or end it, or choose another --workdir"
+    )
+
+
+@contextlib.contextmanager
+def hold(workdir: str) -> Iterator[None]:
+  """Keeps other processes from writing into `workdir`, which is made if needed, while open; reading is free.
+
+  Raises:
+    UserError: another living process writes into it.
+  """
+  folder = epath.Path(workdir).expanduser()
+  path, is_new = folder / FILE, not folder.exists()
+  if _read(path) == _me():  # a study has it for its run
+    yield
+    return
+  check(workdir)
+  _take(path)
+  check(workdir)  # whoever wrote last has it
+  stop = threading.Event()
+  beat = threading.Thread(target=_beat, args=(path, stop), daemon=True)
+  beat.start()
+  try:
+    yield
+  finally:
+    stop.set()
+    beat.join()
+    with contextlib.suppress(OSError):
+      if _read(path) == _me():
+        path.unlink()
+      if is_new:
+        os.rmdir(folder)  # if nothing was written
+
+
+def _take(path: epath.Path) -> None:
+  text = json.dumps(_me() | {"since": datetime.datetime.now().astimezone().isoformat(timespec="seconds")})
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if "://" not in os.fspath(path):
+      with contextlib.suppress(FileExistsError), open(path, "x") as file:  # one of several processes can
+        file.write(text)
+        return
+    if (owner := _read(path)) is not None and owner != _me():
+      logging.warning("%s was left behind by %s, which is gone; it is taken over", path, _name(owner))
+    path.write_text(text)
+  except OSError as error:
+    raise UserError(
+      f"workdir {path.parent} cannot be written: {error.strerror or error}; choose another --workdir"
+    ) from None
+  time.sleep(SETTLE)
+
+
+def _beat(path: epath.Path, stop: threading.Event) -> None:
+  while not stop.wait(BEAT):
+    with contextlib.suppress(OSError):
+      if (owner := _read(path)) != _me():
+        logging.error("%s is now that of %s, which writes there as well; end one of them", path, _name(owner or {}))
+        return
+      if "://" in os.fspath(path):
+        path.write_text(path.read_text())
+      else:
+        os.utime(path)
+
+
+def _me() -> dict:
+  return {
+    "host": socket.gethostname(),
+    "machine": _machine(),
+    "pid": os.getpid(),
+    "began": round(psutil.Process().create_time()),
+  }
+
+
+def _machine() -> str:
+  """Returns what tells machines and containers apart in which a process number means different processes."""
+  with contextlib.suppress(OSError):
+    return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+  return ""
+
+
+def _read(path: epath.Path) -> dict | None:
+  """Returns what `_me` is of the process in the file; {} if it is damaged, None if there is no file."""
+  try:
+    content = json.loads(path.read_text())
+    return {key: content[key] for key in ("host", "machine", "pid", "began")}
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  except (ValueError, TypeError, KeyError):  # cut short, or not ours
+    return {}
+
+
+def _name(owner: dict) -> str:
+  return "process {pid} on {host}".format(**owner) if owner else "a process that has not written its name"
+
+
+def _lives(path: epath.Path, owner: dict) -> bool:
+  """Tells whether the process in the file still runs; that of another host is watched for a sign of life."""
+  if owner and (owner["host"], owner["machine"]) == (socket.gethostname(), _machine()):
+    try:
+      process = psutil.Process(owner["pid"])  # the number may be given again
+      return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - owner["began"]) < 2
+    except psutil.Error:
+      return False
+  watched = first = _touched(path)
+  deadline = time.monotonic() + (2 * BEAT if first and time.time() - first > 10 * DEAD else DEAD)
+  while watched == first and time.monotonic() < deadline:
+    time.sleep(BEAT / 10)
+    watched = _touched(path)
+  return watched is not None and watched != first
+
+
+def _touched(path: epath.Path) -> float | None:
+  """Returns when the file was touched; None if it is gone."""
+  try:
+    path.read_text()  # a network file system looks anew when a file is opened
+    return path.stat().mtime
+  except OSError:
+    return None
