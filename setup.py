@@ -29,6 +29,7 @@ setup(
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "rich>=15,<16",
+    "pillow>=13,<14",
     "psutil>=7.2,<8",
     "requests>=2.34,<3",
     "safetensors>=0.8,<0.9",
@@ -46,7 +47,6 @@ setup(
     "test": [
       "hypothesis>=6.170,<7",
       'libtpu>=0.0.42.1,<0.0.43; platform_system == "Linux" and platform_machine == "x86_64"',  # compiles without a TPU
-      "pillow>=13,<14",
       "playwright>=1.65,<2",  # drives a Chromium that is installed otherwise
       "pytest>=9,<10",
       "pytest-xdist>=3.8,<4",

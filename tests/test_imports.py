@@ -24,6 +24,7 @@ attention.similarity  attention.figures  compare.report  compare.benchmark
 compare.charts  compare.results  compare.runs  compare.cost
 training.train  training.predict  export
 training.evaluate  training.ahead
+training.weights
 training.experiment
 training.train_step  training.mixup  training.faults  training.partition  training.distributed  training.accelerators
 training.losses  training.sharding
@@ -31,7 +32,7 @@ training.optimizer
 pretrained
 weight_files
 workdir.checkpoint  workdir.writers
-workdir.config  workdir.metrics  workdir.analysis  workdir.digests  workdir.disk  workdir.lock
+workdir.config  workdir.metrics  workdir.description  workdir.analysis  workdir.digests  workdir.disk  workdir.lock
 data
 models.registry
 models.boat
@@ -43,7 +44,7 @@ models.fused_windows  models.fused_reattention  models.fused_clustering  models.
 models.fused_attention
 models.kernels
 compilation_cache
-config  console  files
+config  console  files  images
 config_keys
 rules
 errors

@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Mapping, Sequence
 import importlib.util
+import json
 import os
 import pathlib
 import traceback
@@ -144,6 +145,28 @@ def _parse(key: str, text: str) -> Any:
     return ast.literal_eval(words.get(text.lower(), text))
   except (SyntaxError, ValueError, MemoryError, RecursionError):
     return text
+
+
+def is_folder(dataset: str) -> bool:
+  """Tells whether the name of a dataset means a folder of images, not one of TFDS."""
+  return dataset.startswith(("/", "./", "../", "~")) or (os.sep in dataset and os.path.isdir(dataset))
+
+
+def saved(config: ml_collections.ConfigDict) -> dict:
+  """Returns what a run keeps of a config: plain values, and absolute paths, so that it can be used from anywhere."""
+  values = json.loads(config.to_json_best_effort())
+
+  def absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+  dataset = values["dataset"]
+  if is_folder(dataset["name"]):
+    dataset["name"] = absolute(dataset["name"])
+  if dataset["data_dir"] and "://" not in dataset["data_dir"]:
+    dataset["data_dir"] = absolute(dataset["data_dir"])
+  if isinstance(values["pretrained"], str) and os.path.exists(os.path.expanduser(values["pretrained"])):
+    values["pretrained"] = absolute(values["pretrained"])
+  return values
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:

@@ -18,7 +18,7 @@ import numpy as np
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.files import replace, write_json
 from vit_jax_ext.models import functional, registry
-from vit_jax_ext.pretrained import count_classes, load_pretrained, read_source, save_pretrained
+from vit_jax_ext.pretrained import count_classes, load_pretrained, read_source, redescribe, save_pretrained
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-4  # of logits computed twice, relative to the largest
@@ -65,8 +65,9 @@ def export(spec: Mapping[str, Any], weights: Any, output: str, *, crop: float | 
   program = to_stablehlo(model)
   with replace(output, paths["stablehlo"].name, binary=True) as file:
     file.write(program.serialize())
-  save_pretrained(model, paths["safetensors"])
-  write_json(output, paths["json"].name, _describe(model, program, spec, source, crop))
+  about = redescribe(weights, source, spec, num_classes, crop)
+  save_pretrained(model, paths["safetensors"], about)
+  write_json(output, paths["json"].name, about | _describe(model, program, source, about["crop"]))
   difference = compare_logits(paths["stablehlo"], paths["safetensors"], spec, num_classes)
   return Export([str(path) for path in paths.values()], source, difference)
 
@@ -100,23 +101,16 @@ def to_stablehlo(model: nnx.Module) -> jax.export.Exported:
   return jax.export.export(jax.jit(predictor(model)), platforms=PLATFORMS)(images)
 
 
-def _describe(
-  model: nnx.Module, program: jax.export.Exported, spec: Mapping[str, Any], source: str, crop: float | None
-) -> dict[str, Any]:
-  variant = registry.get_variant(spec["name"])
-  crop = crop or variant.crop_at(model.image_size)
+def _describe(model: nnx.Module, program: jax.export.Exported, source: str, crop: float) -> dict[str, Any]:
   height, width = model.image_size
   (logits,) = program.out_avals
   return {
-    "model": spec["name"],
-    "overrides": dict(spec["overrides"]),
     "weights": source,
     "input": {"dtype": "uint8", "shape": ["batch", height, width, 3], "channels": "RGB"},
     "preparation": f"resize bicubically, antialiased, so that {height}x{width} is the central {crop:g}; cut that out",
-    "normalisation inside": {"mean": variant.mean, "std": variant.std},
+    "normalisation": "inside",
     "output": {"dtype": str(logits.dtype), "shape": ["batch", logits.shape[1]]},
     "platforms": PLATFORMS,
-    "jax": jax.__version__,
   }
 
 

@@ -3,8 +3,10 @@
 import base64
 from collections.abc import Iterator
 import contextlib
+import errno
 import json
 import os
+import tempfile
 from typing import IO, Any
 
 from vit_jax_ext.errors import UserError
@@ -33,6 +35,20 @@ def replace(folder: str, name: str, option: str = "output", *, binary: bool = Fa
     with open(f"{path}.part", "wb") if binary else open(f"{path}.part", "w", newline="", encoding="utf-8") as file:
       yield file
     os.replace(f"{path}.part", path)
+  except OSError as error:
+    raise UserError(f"{path} cannot be written: {error.strerror}; choose another --{option}") from None
+
+
+def check_new_file(path: str, option: str = "output") -> None:
+  """Raises UserError unless a file could be written at `path`; to be asked before the work that it shall hold."""
+  folder = os.path.abspath(os.path.dirname(path))
+  while not os.path.lexists(folder):
+    folder = os.path.dirname(folder)
+  try:
+    if os.path.isdir(path):
+      raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    with tempfile.TemporaryFile(dir=folder):
+      pass
   except OSError as error:
     raise UserError(f"{path} cannot be written: {error.strerror}; choose another --{option}") from None
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -12,18 +13,20 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from vit_jax_ext import weight_files
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers, registry, swin
-from vit_jax_ext.workdir import checkpoint
+from vit_jax_ext.workdir import checkpoint, description
 
 # Our leaf names -> PyTorch's. All other parts of a path are the authors' own attribute names and indices.
 _TORCH_LEAF = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 # Entries that are no parameters; we compute them, or need none.
 _BUFFERS = ("attn_mask", "relative_position_index", "num_batches_tracked")
 _CLASSIFIER = re.compile(r"head\.([01]\.)?(weight|bias)")  # CrossViT has two
+METADATA = "vit_jax_ext"  # of a .safetensors file: the description of its weights, as JSON
 _AT_MOST = 6  # names of each kind in an error message
 
 
@@ -145,6 +148,27 @@ def read_source(source: Source, variant: str) -> tuple[dict[str, np.ndarray], st
   return _from_timm({name: np.asarray(array) for name, array in weights.items()}), where
 
 
+def read_description(source: Any) -> dict[str, Any] | None:
+  """Returns what weights tell of themselves, see `description.describe`; None if they do not.
+
+  Args:
+    source: a run's workdir, one of its checkpoints, or a .safetensors file that `convert` or `export` wrote.
+  """
+  if not isinstance(source, (str, os.PathLike)):
+    return None
+  path = pathlib.Path(source).expanduser()
+  if path.is_dir():
+    workdir = path.parent.parent if path.parent.name == "checkpoints" else path
+    return description.read(os.fspath(workdir))
+  if path.suffix != ".safetensors" or not path.is_file():
+    return None
+  try:
+    with safetensors.safe_open(path, "np") as file:
+      return json.loads((file.metadata() or {}).get(METADATA, "null"))
+  except Exception:  # whoever reads the weights will say what is wrong
+    return None
+
+
 def count_classes(weights: Mapping[str, np.ndarray]) -> int:
   """Returns the number of classes of weights under the authors' names; 0 without a classifier."""
   return len(weights.get("head.bias", weights.get("head.0.bias", ())))  # CrossViT has two
@@ -258,16 +282,34 @@ def convert(source: Source, target: str | os.PathLike, spec: Mapping[str, Any], 
   else:  # a new classifier needs initial values
     model = registry.create_model(spec["name"], num_classes=num_classes, rngs=nnx.Rngs(0), **spec["overrides"])
   report = dataclasses.replace(load_pretrained(model, weights), source=where)
-  save_pretrained(model, target)
+  num_classes = saved_classes if num_classes is None else num_classes
+  save_pretrained(model, target, redescribe(source, where, spec, num_classes))
   return report
 
 
-def save_pretrained(model: nnx.Module, path: str | os.PathLike) -> None:
+def redescribe(
+  source: Source | None, origin: str, spec: Mapping[str, Any], num_classes: int, crop: float | None = None
+) -> dict[str, Any]:
+  """Returns the description of weights that are written anew: their classes are known where the source tells them.
+
+  Args:
+    source: see `load_pretrained`; None for random weights.
+    origin: the source in words.
+    spec, num_classes, crop: see `description.describe`.
+  """
+  known = read_description(source) or {}
+  names = known.get("class_names") if known.get("num_classes") == num_classes else None
+  about = description.describe(spec, num_classes, names, crop or known.get("crop"))
+  return about | {"from": known.get("from", origin), "made_by": description.made_by()}
+
+
+def save_pretrained(model: nnx.Module, path: str | os.PathLike, about: Mapping[str, Any] | None = None) -> None:
   """Writes a model's weights under the authors' names and in their layouts, with the buffers that their code expects.
 
   Args:
     model: any model of `create_model`.
     path: a new file, .safetensors or .pth (which needs PyTorch).
+    about: see `description.describe`; goes into the metadata of a .safetensors file.
 
   Raises:
     UserError: the file exists, has another suffix, or cannot be written.
@@ -285,7 +327,7 @@ def save_pretrained(model: nnx.Module, path: str | os.PathLike) -> None:
   part = path.with_name(path.name + ".part")
   try:
     if path.suffix == ".safetensors":
-      safetensors.numpy.save_file(arrays, part)
+      safetensors.numpy.save_file(arrays, part, {"format": "np"} | ({METADATA: json.dumps(about)} if about else {}))
     else:
       weight_files.save_torch(arrays, part)
     part.rename(path)

@@ -12,14 +12,13 @@ import numpy as np
 
 from vit_jax_ext.attention import figures
 from vit_jax_ext.data import input_pipeline
-from vit_jax_ext.data.datasets import open_dataset
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import registry
 from vit_jax_ext.models.boat import Boat, FeatureAttention
 from vit_jax_ext.models.cswin import StripeAttention
 from vit_jax_ext.models.functional import normalize, split_model
 from vit_jax_ext.models.swin import WindowAttention
-from vit_jax_ext.training.evaluate import load_weights
+from vit_jax_ext.training.weights import load_weights, read_class_names
 
 
 def draw_clusters(
@@ -53,7 +52,7 @@ def draw_clusters(
     raise UserError(f"model {config.model.name} has no clusters in feature space; choose one of {', '.join(boats)}")
   spec, num_classes = config.model, 0
   if workdir:
-    num_classes = len(open_dataset(config.dataset.name, config.dataset.data_dir).class_names)
+    num_classes = len(read_class_names(config, workdir))
   model = registry.abstract_model(spec, num_classes)
   block, attention = _find(model, block)
   heads = range(min(3, attention.num_heads)) if heads is None else heads

@@ -18,7 +18,7 @@ from vit_jax_ext.data.datasets import open_dataset
 from vit_jax_ext.files import write_json
 from vit_jax_ext.models import registry
 from vit_jax_ext.models.functional import normalize, split_model
-from vit_jax_ext.training.evaluate import load_weights
+from vit_jax_ext.training.weights import load_weights
 from vit_jax_ext.workdir import analysis
 
 BATCH_SIZE = 16  # the attention maps of all blocks are in memory for this many images

@@ -12,6 +12,7 @@ from etils import epath
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from vit_jax_ext.config import is_folder
 from vit_jax_ext.data import digits
 from vit_jax_ext.errors import UserError
 
@@ -187,7 +188,7 @@ def open_dataset(name: str, data_dir: str | None) -> Dataset:
   Raises:
     UserError: an unknown or unprepared dataset, or one without images and class labels.
   """
-  if name.startswith(("/", "./", "../", "~")) or (os.sep in name and os.path.isdir(name)):
+  if is_folder(name):
     if not os.path.isdir(os.path.expanduser(name)):
       raise UserError(f"dataset {name} does not exist; give a folder of images by class, or the name of a TFDS dataset")
     return FolderDataset(name)

@@ -1,6 +1,7 @@
 """What would end an expensive job in its first hour, found out in seconds."""
 
 from collections.abc import Callable, Iterator
+import os
 
 import jax
 import ml_collections
@@ -9,6 +10,7 @@ from vit_jax_ext import config as configs
 from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import Dataset, open_dataset
 from vit_jax_ext.errors import UserError
+from vit_jax_ext.files import check_new_file
 from vit_jax_ext.models.functional import split_model
 from vit_jax_ext.plan.compile import DoesNotFitError, compile_program
 from vit_jax_ext.plan.kinds import Target
@@ -19,7 +21,7 @@ from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.sharding import axis_sizes, bytes_per_device, limit_at_hand
 from vit_jax_ext.training.train_step import activation_bytes
 from vit_jax_ext.workdir import checkpoint, lock
-from vit_jax_ext.workdir.config import check_workdir, check_writable
+from vit_jax_ext.workdir.config import FILE, check_workdir
 
 
 def examine(
@@ -134,7 +136,7 @@ def _check_compiled_memory(config: ml_collections.ConfigDict, experiment: Experi
 
 def _check_workdir(config: ml_collections.ConfigDict, workdir: str, experiment: Experiment | None) -> str:
   check_workdir(workdir, config)
-  check_writable(workdir)
+  check_new_file(os.path.join(workdir, FILE), "workdir")
   lock.check(workdir)
   step = checkpoint.latest_step(workdir)
   if not step:

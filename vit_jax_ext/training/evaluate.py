@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from absl import logging
 from flax import nnx
 import jax
 import ml_collections
@@ -13,11 +12,11 @@ from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import Dataset, open_dataset
 from vit_jax_ext.models import registry
 from vit_jax_ext.models.functional import split_model
-from vit_jax_ext.pretrained import load_pretrained
 from vit_jax_ext.training import distributed, sharding
 from vit_jax_ext.training.partition import Layout
 from vit_jax_ext.training.train_step import Batch, Metrics, make_eval_step
-from vit_jax_ext.workdir import checkpoint
+from vit_jax_ext.training.weights import load_weights
+from vit_jax_ext.workdir import description
 
 
 def evaluate(
@@ -89,35 +88,6 @@ class SplitEvaluator:
     return scores
 
 
-def load_weights(
-  config: ml_collections.ConfigDict,
-  workdir: str | None,
-  model: nnx.Module,
-  shardings: Any,
-  *,
-  ema: bool = False,
-) -> tuple[str, int | None, dict[str, Any]]:
-  """Returns what the weights are, in words; the step of a run that they are from; and {"params", "stats"}.
-
-  Args:
-    config: the experiment's.
-    workdir: a run's, whose best checkpoint is taken; None for the weights of `config.pretrained`.
-    model: the abstract model.
-    shardings: where the arrays go, one for all or a tree like the weights.
-    ema: a run's averaged weights instead of the raw ones.
-
-  Raises:
-    UserError: no checkpoint, or pretrained weights that do not fit, be it only for another number of classes.
-  """
-  if workdir:
-    step, weights = checkpoint.restore_weights(workdir, model, shardings, ema=ema)
-    return f"{workdir}, step {step}", step, weights
-  report = load_pretrained(model, config.pretrained, keep_classifier=True)
-  logging.info("%s", report)
-  _, params, stats = split_model(model)
-  return report.source, None, jax.device_put({"params": params, "stats": stats}, shardings)
-
-
 def evaluate_weights(config: ml_collections.ConfigDict, workdir: str | None) -> dict[str, Any]:
   """Evaluates a run's best checkpoint, raw and averaged, or pretrained weights.
 
@@ -134,6 +104,8 @@ def evaluate_weights(config: ml_collections.ConfigDict, workdir: str | None) -> 
     dataset = open_dataset(config.dataset.name, config.dataset.data_dir)
   split = config.dataset.eval_split
   dataset.num_examples(split)  # refused now if there is no such split
+  if workdir:
+    description.check_classes(description.read(workdir), dataset.class_names, f"dataset {config.dataset.name}")
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch_size("batch_size", config.batch_size, mesh)
   model = registry.abstract_model(config.model, len(dataset.class_names))

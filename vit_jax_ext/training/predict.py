@@ -1,6 +1,8 @@
 """The likeliest classes of image files, by a trained model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import concurrent.futures
+import itertools
 from typing import Any
 
 from flax import nnx
@@ -8,13 +10,15 @@ import jax
 import ml_collections
 import numpy as np
 
-from vit_jax_ext.data import input_pipeline
-from vit_jax_ext.data.datasets import open_dataset
+from vit_jax_ext.errors import UserError
+from vit_jax_ext.images import read_image
 from vit_jax_ext.models import registry
 from vit_jax_ext.models.functional import normalize, split_model
 from vit_jax_ext.training import sharding
-from vit_jax_ext.training.evaluate import load_weights
 from vit_jax_ext.training.partition import Layout
+from vit_jax_ext.training.weights import load_weights, read_class_names
+
+BATCH_SIZE = 32  # of images that are classified at once
 
 
 def jit_probabilities(
@@ -39,32 +43,67 @@ def jit_probabilities(
   )
 
 
-def predict(config: ml_collections.ConfigDict, workdir: str | None, paths: Sequence[str]) -> list[dict]:
-  """Returns the five likeliest classes of each image.
+def predict(
+  config: ml_collections.ConfigDict, workdir: str | None, paths: Sequence[str], top_k: int = 5
+) -> tuple[list[dict[str, Any]], list[str]]:
+  """Returns the likeliest classes of each image, and what is wrong with those that cannot be read.
 
   Args:
     config: the experiment's.
     workdir: the run's, whose best checkpoint is used; None for the weights of `config.pretrained`.
     paths: image files.
+    top_k: how many classes.
 
   Returns:
-    One {"image": path, "classes": {name: probability}} per path, likeliest class first.
+    One {"image": path, "classes": {name: probability}} per readable image, likeliest class first; one line for each of
+    the others.
 
   Raises:
-    UserError: an unreadable image, or no checkpoint.
+    UserError: no image that can be read, or no checkpoint.
   """
   variant = registry.get_variant(config.model.name)
-  class_names = open_dataset(config.dataset.name, config.dataset.data_dir).class_names
+  class_names = read_class_names(config, workdir)
   model = registry.abstract_model(config.model, len(class_names))
   crop = config.dataset.crop or variant.crop_at(model.image_size)
-  images = np.stack([input_pipeline.read_image(path, model.image_size, crop) for path in paths])
-
   layout = Layout(model, sharding.make_mesh(config.mesh))
+  batch_size = min(BATCH_SIZE, len(paths))
+  images = _read_images(paths, model.image_size, crop, batch_size)
+  first = next(images)
+  if not first[0] and len(paths) <= batch_size:  # before the weights are read
+    raise UserError(first[2][0])
   _, _, weights = load_weights(config, workdir, model, layout.weights)
   probabilities = jit_probabilities(variant, model, layout)
 
-  predictions = []
-  for path, row in zip(paths, np.asarray(probabilities(weights["params"], weights["stats"], images)), strict=True):
-    best = np.argsort(-row)[:5]
-    predictions.append({"image": path, "classes": {class_names[i]: float(row[i]) for i in best}})
-  return predictions
+  predictions, unreadable = [], []
+  for names, pixels, complaints in itertools.chain([first], images):
+    unreadable += complaints
+    if names:
+      rows = np.asarray(probabilities(weights["params"], weights["stats"], pixels))
+      for name, row in zip(names, rows[: len(names)], strict=True):
+        best = np.argsort(-row)[:top_k]
+        predictions.append({"image": name, "classes": {class_names[i]: float(row[i]) for i in best}})
+  if not predictions:
+    raise UserError(f"none of {len(paths)} images can be read; the first: {unreadable[0]}")
+  return predictions, unreadable
+
+
+def _read_images(
+  paths: Sequence[str], image_size: tuple[int, int], crop: float, batch_size: int
+) -> Iterator[tuple[list[str], np.ndarray, list[str]]]:
+  """Yields batches: files, their pixels filled up with zeros to the size of a batch, and what is wrong with others."""
+
+  def read(path: str) -> np.ndarray | UserError:
+    try:
+      return read_image(path, image_size, crop)
+    except UserError as error:
+      return error
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    for start in range(0, len(paths), batch_size):
+      part = paths[start : start + batch_size]
+      results = [*pool.map(read, part)]
+      readable = [(path, result) for path, result in zip(part, results, strict=True) if isinstance(result, np.ndarray)]
+      pixels = np.zeros((batch_size, *image_size, 3), np.uint8)
+      for row, (_, image) in enumerate(readable):
+        pixels[row] = image
+      yield [path for path, _ in readable], pixels, [str(result) for result in results if isinstance(result, UserError)]

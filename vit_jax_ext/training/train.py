@@ -24,7 +24,7 @@ from vit_jax_ext.training import ahead, distributed, faults
 from vit_jax_ext.training.evaluate import SplitEvaluator
 from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.train_step import TrainState
-from vit_jax_ext.workdir import checkpoint, lock
+from vit_jax_ext.workdir import checkpoint, description, lock
 from vit_jax_ext.workdir.config import claim_workdir
 from vit_jax_ext.workdir.writers import open_writer
 
@@ -95,6 +95,9 @@ def _train(
       state = _load_pretrained(state, split_model(model)[0], config.pretrained)
   with distributed.first_process_first("workdir"):
     claim_workdir(workdir, config)
+    if not jax.process_index():
+      about = description.describe(config.model, len(dataset.class_names), dataset.class_names, data.crop)
+      description.claim(workdir, about, first_step)
   if first_step:
     like = checkpoint.abstract(jax.eval_shape(experiment.init), experiment.places)
     with concurrent.futures.ThreadPoolExecutor(1) as beside:

@@ -175,7 +175,12 @@ def add_metrics(checkpoints: Checkpoints, step: int, metrics: dict[str, float]) 
 
 
 def restore(workdir: str, step: int, like: Items) -> Items:
-  """Returns what was saved at `step`, in the shapes, dtypes and shardings of `like` (ShapeDtypeStructs)."""
+  """Returns what was saved at `step`, in the shapes, dtypes and shardings of `like` (ShapeDtypeStructs).
+
+  Raises:
+    UserError: the model's shapes are others.
+  """
+  check_shapes(workdir, step, like["model"])
   items = {name: ocp.args.StandardRestore(item) for name, item in like.items()}
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
     return dict(reader.restore(_folder(workdir, step), args=ocp.args.Composite(**items)))
@@ -191,10 +196,11 @@ def restore_weights(workdir: str, model: nnx.Module, shardings: Any, *, ema: boo
     ema: the averaged weights instead of the raw ones.
 
   Raises:
-    UserError: there is no undamaged checkpoint.
+    UserError: there is no undamaged checkpoint, or its shapes are not the model's.
   """
   step = _best_step(workdir)
   _, params, stats = split_model(model)
+  check_shapes(workdir, step, {"params": params, "stats": stats})
   like = abstract({"params": params, "stats": stats}, shardings)
   with ocp.StandardCheckpointer() as reader:
     return step, reader.restore(_folder(workdir, step) / ("ema" if ema else "model"), like)

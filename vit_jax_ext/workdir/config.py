@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import tempfile
 from typing import Any
 
 import ml_collections
@@ -11,7 +10,7 @@ import ml_collections
 from vit_jax_ext import config as configs
 from vit_jax_ext.config import flatten
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.files import user_cache, write_json
+from vit_jax_ext.files import check_new_file, user_cache, write_json
 
 FILE = "config.json"
 # What may differ when a run is continued: it changes where and how often, not what is computed.
@@ -64,21 +63,9 @@ def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
     UserError: the folder cannot be written, belongs to another config, or holds something else.
   """
   check_workdir(workdir, config)
-  check_writable(workdir)
+  check_new_file(os.path.join(workdir, FILE), "workdir")
   if not os.path.exists(os.path.join(workdir, FILE)):
-    write_json(workdir, FILE, json.loads(config.to_json_best_effort()), option="workdir")
-
-
-def check_writable(workdir: str) -> None:
-  """Raises UserError unless a file can be made in `workdir`, or in the folder in which it would be made."""
-  folder = os.path.abspath(workdir)
-  while not os.path.lexists(folder):
-    folder = os.path.dirname(folder)
-  try:
-    with tempfile.TemporaryFile(dir=folder):
-      pass
-  except OSError as error:
-    raise UserError(f"workdir {workdir} cannot be written: {error.strerror}; choose another --workdir") from None
+    write_json(workdir, FILE, configs.saved(config), option="workdir")
 
 
 def check_workdir(workdir: str, config: ml_collections.ConfigDict, option: str = "workdir") -> None:
@@ -98,8 +85,7 @@ def check_workdir(workdir: str, config: ml_collections.ConfigDict, option: str =
     if os.path.exists(os.path.join(workdir, "checkpoints")):
       raise UserError(f"workdir {workdir} holds checkpoints without a {FILE}; choose another --{option}")
     return
-  new = json.loads(config.to_json_best_effort())
-  old, new = flatten(read_workdir_config(workdir).to_dict()), flatten(new)
+  old, new = (flatten(configs.saved(each)) for each in (read_workdir_config(workdir), config))
   for key in sorted(old):
     if not key.startswith(FREE_KEYS) and old.get(key) != new.get(key):
       raise UserError(

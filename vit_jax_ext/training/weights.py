@@ -1,0 +1,58 @@
+"""Trained weights and their classes, of a run or of a file; no TensorFlow, as long as they tell their classes."""
+
+from typing import Any
+
+from absl import logging
+from flax import nnx
+import jax
+import ml_collections
+
+from vit_jax_ext.models.functional import split_model
+from vit_jax_ext.pretrained import load_pretrained, read_description
+from vit_jax_ext.workdir import checkpoint
+
+
+def load_weights(
+  config: ml_collections.ConfigDict,
+  workdir: str | None,
+  model: nnx.Module,
+  shardings: Any,
+  *,
+  ema: bool = False,
+) -> tuple[str, int | None, dict[str, Any]]:
+  """Returns what the weights are, in words; the step of a run that they are from; and {"params", "stats"}.
+
+  Args:
+    config: the experiment's.
+    workdir: a run's, whose best checkpoint is taken; None for the weights of `config.pretrained`.
+    model: the abstract model.
+    shardings: where the arrays go, one for all or a tree like the weights.
+    ema: a run's averaged weights instead of the raw ones.
+
+  Raises:
+    UserError: no checkpoint, or pretrained weights that do not fit, be it only for another number of classes.
+  """
+  if workdir:
+    step, weights = checkpoint.restore_weights(workdir, model, shardings, ema=ema)
+    return f"{workdir}, step {step}", step, weights
+  report = load_pretrained(model, config.pretrained, keep_classifier=True)
+  logging.info("%s", report)
+  _, params, stats = split_model(model)
+  return report.source, None, jax.device_put({"params": params, "stats": stats}, shardings)
+
+
+def read_class_names(config: ml_collections.ConfigDict, workdir: str | None) -> list[str]:
+  """Returns the names of the classes that weights know, in the order of their logits.
+
+  They are those of the run or of the file's metadata; of other weights, and of runs that did not keep them, those that
+  the config's dataset has today.
+
+  Args:
+    config, workdir: see `load_weights`.
+  """
+  about = read_description(workdir or config.pretrained)
+  if about and about.get("class_names"):
+    return about["class_names"]
+  from vit_jax_ext.data.datasets import open_dataset  # and with it TensorFlow, which all others can do without
+
+  return [*open_dataset(config.dataset.name, config.dataset.data_dir).class_names]

@@ -1,0 +1,147 @@
+"""What a run is: its classes, what it does to images, what made it. Whoever uses its weights needs nothing else.
+
+It lies in the workdir, and goes with exported and converted weights.
+"""
+
+from collections.abc import Mapping, Sequence
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+from vit_jax_ext.errors import UserError
+from vit_jax_ext.files import write_json
+from vit_jax_ext.models import registry
+
+FILE = "run.json"
+PACKAGES = ("vit_jax_ext", "jax", "flax", "optax")
+
+
+def describe(
+  spec: Mapping[str, Any], num_classes: int, class_names: Sequence[str] | None, crop: float | None
+) -> dict[str, Any]:
+  """Returns what one has to know of a model's weights to use them.
+
+  Args:
+    spec: `name` and `overrides` of the model, as in config.model.
+    num_classes: of its classifier, 0 for none.
+    class_names: in the order of its logits; None if nobody knows.
+    crop: share of a side that evaluation sees; None for what was published at the model's size.
+
+  Returns:
+    model, overrides, num_classes, class_names; image_size, (height, width); mean and std of normalisation, crop;
+    exif_orientation, whether images are turned as their EXIF data say: they are not, in training as in prediction.
+  """
+  variant = registry.get_variant(spec["name"])
+  size = spec["overrides"].get("image_size") or variant.image_size
+  height, width = (size, size) if isinstance(size, int) else size
+  return {
+    "model": spec["name"],
+    "overrides": json.loads(json.dumps(dict(spec["overrides"]), default=str)),
+    "num_classes": num_classes,
+    "class_names": None if class_names is None else [*class_names],
+    "image_size": [height, width],
+    "mean": [*variant.mean],
+    "std": [*variant.std],
+    "crop": crop or variant.crop_at((height, width)),
+    "exif_orientation": False,
+  }
+
+
+def made_by() -> dict[str, Any]:
+  """Returns time, command, git commit and versions of this process."""
+  versions = {package: _version(package) for package in PACKAGES} | {"python": platform.python_version()}
+  return {
+    "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    "command": shlex.join(sys.argv),
+    "commit": _commit(),
+    "versions": versions,
+  }
+
+
+def _version(package: str) -> str | None:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+def _commit() -> str | None:
+  """Returns the commit of this code, with a plus if files have changed since; None if it lies in no repository."""
+
+  def git(*args: str) -> str:
+    here = pathlib.Path(__file__).parent
+    return subprocess.run(
+      ["git", *args], cwd=here, check=True, capture_output=True, text=True, timeout=5
+    ).stdout.strip()
+
+  try:
+    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+  except (OSError, subprocess.SubprocessError):
+    return None
+
+
+def read(workdir: str) -> dict[str, Any] | None:
+  """Returns what `claim` has written; None for a run of before.
+
+  Raises:
+    UserError: it is damaged.
+  """
+  path = os.path.join(workdir, FILE)
+  try:
+    with open(path, encoding="utf-8") as file:
+      content = json.load(file)
+    if not isinstance(content, dict) or not isinstance(content.get("class_names"), list | None):
+      raise ValueError("no description of a run")
+    return content
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  except (ValueError, OSError) as error:
+    raise UserError(
+      f"{path} is damaged ({error}); restore it, or remove it, and the dataset is asked instead"
+    ) from None
+
+
+def claim(workdir: str, description: dict[str, Any], step: int) -> None:
+  """Writes the description of a new run, or checks that the run in `workdir` has the same classes; adds this start.
+
+  Raises:
+    UserError: it has others, or the folder cannot be written.
+  """
+  saved = read(workdir)
+  if saved:
+    check_classes(saved, description["class_names"], "this run")
+  start = {"step": step} | made_by()
+  starts = [*(saved.get("starts", []) if saved else []), start]
+  write_json(workdir, FILE, description | {"starts": starts}, option="workdir")
+
+
+def check_classes(description: Mapping[str, Any] | None, class_names: Sequence[str], what: str) -> None:
+  """Raises UserError if a dataset's classes are not those of the run; labels would mean something else.
+
+  Args:
+    description: of the run; None if there is none.
+    class_names: of the dataset.
+    what: it is, for the message.
+  """
+  known = description and description["class_names"]
+  if not known or [*class_names] == [*known]:
+    return
+  differences = [
+    f"{word} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+    for word, names in (
+      ("without", sorted(set(known) - set(class_names))),
+      ("with", sorted(set(class_names) - set(known))),
+    )
+    if names
+  ]
+  raise UserError(
+    f"the classes of {what} are not those that the weights know: {len(class_names)} in place of {len(known)}, "
+    f"{' and '.join(differences) or 'in another order'}; restore the dataset, or train anew in another workdir"
+  )
