@@ -1,4 +1,7 @@
-"""Image files for prediction, without TensorFlow: which there are, and what evaluation would see of them."""
+"""Image files for prediction, without TensorFlow: which there are, and what evaluation would see of them.
+
+The pixels are those of `data.preprocess.resize_and_center_crop`, all of them: NumPy has its arithmetic, in its order.
+"""
 
 from collections.abc import Sequence
 import glob
@@ -48,7 +51,7 @@ def find_images(sources: Sequence[str]) -> list[str]:
 
 
 def read_image(path: str, image_size: tuple[int, int], crop: float) -> np.ndarray:
-  """Returns an image file as evaluation sees it, uint8 (height, width, 3); see `data.preprocess`, which it equals.
+  """Returns an image file as evaluation sees it, uint8 (height, width, 3).
 
   Raises:
     UserError: the file is missing or no image.
@@ -60,10 +63,46 @@ def read_image(path: str, image_size: tuple[int, int], crop: float) -> np.ndarra
     raise UserError(f"image {path} does not exist; check the path") from None
   except Exception:  # Pillow raises whatever it stumbles over
     raise UserError(f"image {path} cannot be decoded; give a JPEG, PNG, GIF, BMP or WebP file") from None
-  shape = image.size[::-1]
-  whole = [math.floor(side / crop) for side in image_size]
-  fitting = int(np.argmax([side / old for side, old in zip(whole, shape, strict=True)]))
-  height, width = (whole[fitting] * side // shape[fitting] for side in shape)
-  top, left = (round((side - part) / 2) for side, part in zip((height, width), image_size, strict=True))
-  resized = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
-  return np.asarray(resized.crop((left, top, left + image_size[1], top + image_size[0])))
+  return resize_and_center_crop(np.asarray(image), image_size, crop)
+
+
+def resize_and_center_crop(image: np.ndarray, size: tuple[int, int], crop: float) -> np.ndarray:
+  """Resizes uint8 (H, W, 3) bicubically so that `size` is the central `crop` share of its shorter side, and cuts."""
+  shape, size = np.array(image.shape[:2]), np.array(size)
+  whole = np.array([math.floor(side / crop) for side in size])
+  fitting = np.argmax(whole / shape)
+  resized = whole[fitting] * shape // shape[fitting]
+  offset = np.round((resized - size) / 2).astype(int)
+  # What the crop is made of, as there: where it begins, the rounding of positions depends on.
+  reach = 2 * (shape // resized + 1) + 1
+  begin = np.maximum(offset * shape // resized - reach, 0)
+  end = np.minimum((offset + size) * shape // resized + reach, shape)
+  scale = resized / shape
+  start = offset - begin * scale
+  image = image[begin[0] : end[0], begin[1] : end[1]].astype(np.float32)
+  columns = _resize(image.swapaxes(0, 1), size[1], scale[1], start[1])
+  return _resize(columns.swapaxes(0, 1), size[0], scale[0], start[0]).astype(np.uint8)
+
+
+def _resize(image: np.ndarray, size: int, scale: float, start: float) -> np.ndarray:
+  """Returns whole levels, float32 (size, ...), of an image (n, ...) scaled along its first axis, from `start` on.
+
+  TensorFlow's ScaleAndTranslate: Keys' kernel with a = -0.5, as wide as `scale` is small, every operation in float32.
+  """
+  inverse = np.float32(1) / np.float32(scale)
+  width = np.maximum(inverse, np.float32(1))
+  centre = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * inverse + inverse * np.float32(start)
+  first, last = (
+    np.clip(bound.astype(int), 0, len(image) - 1)
+    for bound in (np.ceil(centre - 2 * width - np.float32(0.5)), np.floor(centre + 2 * width - np.float32(0.5)))
+  )
+  index = first[:, None] + np.arange((last - first).max() + 1)
+  distance = np.abs((index.astype(np.float32) + np.float32(0.5) - centre[:, None]) * (1 / width))
+  near = (1.5 * distance - 2.5) * distance * distance + 1
+  far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+  weight = np.where((distance >= 2) | (index > last[:, None]), 0, np.where(distance >= 1, far, near))
+  taps = [weight[:, tap] for tap in range(weight.shape[1])]  # summed one after another, as there
+  normal = 1 / sum(taps)
+  rows = np.minimum(index, len(image) - 1)
+  resized = sum((weight * normal)[:, None, None] * image[rows[:, tap]] for tap, weight in enumerate(taps))
+  return np.floor(np.clip(resized, 0, 255) + np.float32(0.5))

@@ -326,11 +326,3 @@ def test_bad_datasets(name, words, data_dir):
 def test_bad_split(dataset):
   with pytest.raises(vx.UserError, match=r"validation.*test, train"):
     dataset.num_examples("validation")
-
-
-def test_unreadable_images(tmp_path):
-  (tmp_path / "text.png").write_text("no image")
-  with pytest.raises(vx.UserError, match=r"text.png cannot be decoded"):
-    input_pipeline.read_image(str(tmp_path / "text.png"), (8, 8), 1.0)
-  with pytest.raises(vx.UserError, match=r"none.png does not exist"):
-    input_pipeline.read_image(str(tmp_path / "none.png"), (8, 8), 1.0)

@@ -11,8 +11,7 @@ import pytest
 import sklearn.datasets
 import tensorflow as tf
 
-import vit_jax_ext as vx
-from vit_jax_ext.data import input_pipeline, preprocess
+from vit_jax_ext.data import preprocess
 
 CHINA = PIL.Image.fromarray(sklearn.datasets.load_sample_image("china.jpg"))  # 640 x 427
 
@@ -263,10 +262,3 @@ def test_transforms_draw_independently_from_one_seed():
   draws = np.array(draws).reshape(300, -1)
   assert np.abs(np.corrcoef(draws.T) - np.eye(draws.shape[1])).max() < 0.25
   assert len(np.unique(draws[:, ::3])) > 0.99 * draws[:, ::3].size
-
-
-@pytest.mark.parametrize("start", [b"", b"\x89", b"\x89PNG", b"\xff\xd8\xff"])
-def test_a_file_of_a_few_bytes(start, tmp_path):
-  (tmp_path / "x.png").write_bytes(start)
-  with pytest.raises(vx.UserError, match=r"x\.png cannot be decoded"):
-    input_pipeline.read_image(str(tmp_path / "x.png"), (8, 8), 1.0)

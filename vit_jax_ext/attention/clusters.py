@@ -11,8 +11,8 @@ import ml_collections
 import numpy as np
 
 from vit_jax_ext.attention import figures
-from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.errors import UserError
+from vit_jax_ext.images import read_image
 from vit_jax_ext.models import registry
 from vit_jax_ext.models.boat import Boat, FeatureAttention
 from vit_jax_ext.models.cswin import StripeAttention
@@ -60,7 +60,7 @@ def draw_clusters(
     if not 0 <= head < attention.num_heads:
       raise UserError(f"head {head} does not exist; block {block} has heads 0 to {attention.num_heads - 1}")
   crop = config.dataset.crop or variant.crop_at(model.image_size)
-  pixels = input_pipeline.read_image(image, model.image_size, crop)
+  pixels = read_image(image, model.image_size, crop)
 
   trained = workdir or config.pretrained
   if trained:

@@ -209,17 +209,3 @@ def prefetch_to_devices(batches: Iterator[Batch], sharding: jax.sharding.Shardin
   while queue:
     yield queue.popleft()
     queue.extend(itertools.islice(batches, 1))
-
-
-def read_image(path: str, image_size: tuple[int, int], crop: float) -> np.ndarray:
-  """Returns an image file as evaluation sees it, uint8 (height, width, 3).
-
-  Raises:
-    UserError: the file is missing or no image.
-  """
-  try:
-    return preprocess.resize_and_center_crop(tf.io.read_file(path), image_size, crop).numpy()
-  except tf.errors.NotFoundError:
-    raise UserError(f"image {path} does not exist; check the path") from None
-  except tf.errors.OpError:
-    raise UserError(f"image {path} cannot be decoded; give a JPEG, PNG, GIF or BMP file") from None
