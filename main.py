@@ -65,6 +65,7 @@ def main() -> int:
     from vit_jax_ext.console import log_to_console  # not before: the parser answers at once
 
     log_to_console()
+    commands.check_output(args)
     args.run(args)
   except (UserError, RunError) as error:
     print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)

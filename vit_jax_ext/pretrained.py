@@ -156,10 +156,9 @@ def read_description(source: Any) -> dict[str, Any] | None:
   """
   if not isinstance(source, (str, os.PathLike)):
     return None
+  if workdir := _workdir_of(source):
+    return description.read(workdir)
   path = pathlib.Path(source).expanduser()
-  if path.is_dir():
-    workdir = path.parent.parent if path.parent.name == "checkpoints" else path
-    return description.read(os.fspath(workdir))
   if path.suffix != ".safetensors" or not path.is_file():
     return None
   try:
@@ -167,6 +166,12 @@ def read_description(source: Any) -> dict[str, Any] | None:
       return json.loads((file.metadata() or {}).get(METADATA, "null"))
   except Exception:  # whoever reads the weights will say what is wrong
     return None
+
+
+def _workdir_of(source: str | os.PathLike) -> str | None:
+  """Returns the workdir that a folder is, or that holds a checkpoint; None for a file."""
+  path = pathlib.Path(source).expanduser()
+  return os.fspath(path.parent.parent if path.parent.name == "checkpoints" else path) if path.is_dir() else None
 
 
 def count_classes(weights: Mapping[str, np.ndarray]) -> int:

@@ -40,6 +40,14 @@ def add_output(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--output", metavar="DIR", help="write the results into this folder")
 
 
+def check_output(args: argparse.Namespace) -> None:
+  """Raises UserError if --output cannot be written: before the work, not after it."""
+  if output := getattr(args, "output", None):
+    from vit_jax_ext.files import check_new_file
+
+    check_new_file(output if output.endswith((".json", ".csv")) else os.path.join(output, "results"))
+
+
 def add_devices(parser: argparse.ArgumentParser, **kw) -> None:
   """Adds --devices and --slices."""
   parser.add_argument("--devices", metavar="KIND:SHAPE", **{"help": "such as v5e:4x4, h100:1x8, cpu:8 or here"} | kw)
@@ -96,9 +104,46 @@ def new_experiment(args: argparse.Namespace) -> tuple["ml_collections.ConfigDict
 
   config = configs.load_config(args.config or configs.DEFAULT)
   configs.override(config, args.overrides)
+  workdir = args.workdir or default_workdir(args)
+  # A run that goes on has its architecture already, whatever has become of the weights that it began with.
+  adopt_architecture(config, workdir if os.path.exists(os.path.join(workdir, "config.json")) else config.pretrained)
   configs.check(config)
   compilation_cache.use(config)
-  return config, args.workdir or default_workdir(args)
+  return config, workdir
+
+
+def adopt_architecture(config: "ml_collections.ConfigDict", source: object, *, whole: bool = False) -> None:
+  """Gives the config what weights tell of their model, where they do and as far as it does not say otherwise.
+
+  Args:
+    config: with `pretrained` weights; else nothing happens.
+    source: that tells: a workdir, a checkpoint in one, or a file of ours.
+    whole: name, all options and the crop of images, in place of the config's own.
+
+  Raises:
+    UserError: they are those of another model.
+  """
+  if not config.pretrained or isinstance(source, bool):
+    return
+  from absl import logging
+
+  from vit_jax_ext.pretrained import read_description
+
+  if (about := read_description(source)) is None:
+    return
+  if whole:
+    config.model.name, config.model.overrides, config.dataset.crop = about["model"], {}, about["crop"]
+  elif config.model.name != about["model"]:
+    raise UserError(
+      f"weights {source} are those of {about['model']}, and config.model.name={config.model.name}; give "
+      f"--config.model.name={about['model']}, or other weights"
+    )
+  missing = {key: value for key, value in about["overrides"].items() if key not in config.model.overrides}
+  with config.unlocked():
+    config.model.overrides.update(missing)
+  if missing:
+    options = ", ".join(f"{key}={value}" for key, value in missing.items())
+    logging.info("as the weights %s have it: %s %s", source, about["model"], options)
 
 
 def default_workdir(args: argparse.Namespace) -> str:
@@ -147,7 +192,10 @@ def trained_models(
   from vit_jax_ext.workdir.config import read_workdir_config
 
   if check_one_source(args, workdirs):
-    pairs = [(configs.load_config(args.config or configs.DEFAULT), None)]
+    config = configs.load_config(args.config or configs.DEFAULT)
+    configs.override(config, [each for each in args.overrides if each.startswith("pretrained=")])
+    adopt_architecture(config, config.pretrained, whole=not args.config)
+    pairs = [(config, None)]
   else:
     pairs = [(read_workdir_config(workdir), workdir) for workdir in workdirs or [default_workdir(args)]]
   for config, _ in pairs:

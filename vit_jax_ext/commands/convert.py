@@ -28,14 +28,17 @@ def run(args: argparse.Namespace) -> None:
   import rich.table
 
   from vit_jax_ext import config as configs
-  from vit_jax_ext.pretrained import convert
+  from vit_jax_ext.pretrained import convert, read_description
   from vit_jax_ext.workdir.config import default_workdir, read_workdir_config
 
   source = args.source or args.workdir or default_workdir(configs.DEFAULT)
   if args.model:
     config = commands.published_model(args.model)
+  elif about := read_description(source):
+    config = commands.published_model(about["model"])
+    config.model.overrides.update(about["overrides"])
   elif os.path.isdir(source):
-    config = read_workdir_config(source)
+    config = read_workdir_config(source)  # which says what is missing
   else:
     raise UserError(f"weights {source} do not tell their model; name it with --model=NAME")
   configs.override(config, args.overrides)

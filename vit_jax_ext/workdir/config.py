@@ -11,8 +11,9 @@ from vit_jax_ext import config as configs
 from vit_jax_ext.config import flatten
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.files import check_new_file, user_cache, write_json
+from vit_jax_ext.workdir import CONFIG
 
-FILE = "config.json"
+FILE = CONFIG
 # What may differ when a run is continued: it changes where and how often, not what is computed.
 FREE_KEYS = ("mesh", "checkpoint", "log_every_steps", "eval_every_steps", "dataset.data_dir",
              "skip_nonfinite", "compilation_cache")  # fmt: skip

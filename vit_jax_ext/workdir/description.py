@@ -18,19 +18,20 @@ from typing import Any
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.files import write_json
 from vit_jax_ext.models import registry
+from vit_jax_ext.workdir import CONFIG
 
 FILE = "run.json"
 PACKAGES = ("vit_jax_ext", "jax", "flax", "optax")
 
 
 def describe(
-  spec: Mapping[str, Any], num_classes: int, class_names: Sequence[str] | None, crop: float | None
+  spec: Mapping[str, Any], num_classes: int | None, class_names: Sequence[str] | None, crop: float | None
 ) -> dict[str, Any]:
   """Returns what one has to know of a model's weights to use them.
 
   Args:
     spec: `name` and `overrides` of the model, as in config.model.
-    num_classes: of its classifier, 0 for none.
+    num_classes: of its classifier, 0 for none; None if nobody knows.
     class_names: in the order of its logits; None if nobody knows.
     crop: share of a side that evaluation sees; None for what was published at the model's size.
 
@@ -88,7 +89,7 @@ def _commit() -> str | None:
 
 
 def read(workdir: str) -> dict[str, Any] | None:
-  """Returns what `claim` has written; None for a run of before.
+  """Returns what `claim` has written; of a run of before what its config says, None if there is no run.
 
   Raises:
     UserError: it is damaged.
@@ -101,11 +102,20 @@ def read(workdir: str) -> dict[str, Any] | None:
       raise ValueError("no description of a run")
     return content
   except (FileNotFoundError, NotADirectoryError):
-    return None
+    return _of_config(workdir)
   except (ValueError, OSError) as error:
     raise UserError(
       f"{path} is damaged ({error}); restore it, or remove it, and the dataset is asked instead"
     ) from None
+
+
+def _of_config(workdir: str) -> dict[str, Any] | None:
+  try:
+    with open(os.path.join(workdir, CONFIG), encoding="utf-8") as file:
+      config = json.load(file)
+    return describe(config["model"], None, None, config["dataset"]["crop"])
+  except (OSError, ValueError, TypeError, KeyError):  # whoever reads the config will say what is wrong
+    return None
 
 
 def claim(workdir: str, description: dict[str, Any], step: int) -> None:
