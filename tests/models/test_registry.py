@@ -93,8 +93,10 @@ def test_all_ask_for_the_crop_of_the_models_size():
     for path in package.rglob("*.py")
     for use in re.findall(r"variant\.(crop\w*(?:\([^)]*\))?)", path.read_text())
   }
-  users = "attention/clusters.py", "attention/measure.py", "export.py", "training/evaluate.py", "training/predict.py"
-  assert uses == {(path, "crop_at(model.image_size)") for path in users}
+  users = "attention/clusters.py", "attention/measure.py", "training/evaluate.py", "training/predict.py"
+  assert uses == {(path, "crop_at(model.image_size)") for path in users} | {
+    ("workdir/description.py", "crop_at(image_size)")
+  }
 
 
 def create(**kw):

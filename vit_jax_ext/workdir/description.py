@@ -41,16 +41,16 @@ def describe(
   """
   variant = registry.get_variant(spec["name"])
   size = spec["overrides"].get("image_size") or variant.image_size
-  height, width = (size, size) if isinstance(size, int) else size
+  image_size = (size, size) if isinstance(size, int) else tuple(size)
   return {
     "model": spec["name"],
     "overrides": json.loads(json.dumps(dict(spec["overrides"]), default=str)),
     "num_classes": num_classes,
     "class_names": None if class_names is None else [*class_names],
-    "image_size": [height, width],
+    "image_size": [*image_size],
     "mean": [*variant.mean],
     "std": [*variant.std],
-    "crop": crop or variant.crop_at((height, width)),
+    "crop": crop or variant.crop_at(image_size),
     "exif_orientation": False,
   }
 
