@@ -187,7 +187,6 @@ def test_runs_of_another_config_are_refused(argv, output, capsys):
     (["configs/digits.py"], "is no study"),
     (["/nowhere/study.py"], "does not exist"),
     (["fusion", "--config.batchsize=3"], "did you mean batch_size"),
-    (["fusion", "--config.total_steps=10"], "optimizer.warmup_steps 50"),
     (["fusion", "--config.model.overrides.overlap=3"], "has no option 'overlap'"),
     (["fusion", "--config.model.overrides.fusion=pairwise"], "'no fusion' and 'all-attention' do not differ"),
     (["fusion", "--config.dataset.name=/nowhere/images"], "/nowhere/images"),

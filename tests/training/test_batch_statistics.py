@@ -153,7 +153,7 @@ def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(deepvit_config, t
 @pytest.mark.parametrize(
   "config, blocks, message",
   [("crossvit", "(0,)", "choose a ViT, DeiT or DeepViT"), ("vit", "(5,)", "cannot compare blocks 5 and 6"),
-   ("vit", "()", "no blocks to compare")],
+   ("vit", "()", "without blocks")],
 )  # fmt: skip
 def test_a_model_without_maps_is_refused_before_the_workdir_is_claimed(
   config, blocks, message, tmp_path, data_dir, monkeypatch, capsys

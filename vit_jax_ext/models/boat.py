@@ -109,7 +109,9 @@ def balanced_clusters(features: jax.Array, levels: int, iterations: int = 2) -> 
     def cosines(centroids, groups=groups, norm=norm):
       return _einsum("...kd,...nd->...kn", _normalise(centroids), groups) / norm[..., None, :]
 
-    cosine = cosines(groups.reshape(*groups.shape[:-2], 2, half, dim).mean(axis=-2))
+    first = jnp.arange(2 * half) < half
+    weights = jnp.broadcast_to(jnp.stack([first, ~first]).astype(x.dtype), (*groups.shape[:-2], 2, 2 * half))
+    cosine = cosines(_einsum("...kn,...nd->...kd", weights, groups) / half)
     for _ in range(iterations):
       weights = jax.nn.sigmoid(SHARPNESS * (cosine - cosine[..., ::-1, :]))  # softmax over two
       cosine = cosines(_einsum("...kn,...nd->...kd", weights, groups))
@@ -133,12 +135,20 @@ def kmeans_clusters(features: jax.Array, num_clusters: int, iterations: int = 2)
   return _einsum("...nd,...kd->...nk", x, centroids).argmax(axis=-1)
 
 
-def overlap_mask(size: int, overlap: int) -> np.ndarray:
-  """Returns which tokens of a pair of clusters each of them attends to, 0 or -inf, (2 * size, 2 * size).
+def add_overlap(groups: jax.Array, overlap: int) -> jax.Array:
+  """Lends each cluster its sibling's nearest tokens: (..., clusters, n, C) to (..., clusters, n + overlap, C).
 
-  In the order of `balanced_clusters` siblings meet at the cut: the first cluster of a pair gets the first `overlap`
-  tokens of the second as keys and values, the second the last of the first: those nearest to it.
+  In the order of `balanced_clusters` siblings meet at the cut: the first cluster of a pair gets the first tokens of the
+  second, the second the last of the first.
   """
+  *batch, clusters, size, dim = groups.shape
+  pairs = groups.reshape(*batch, clusters // 2, 2 * size, dim)
+  pairs = jnp.stack([pairs[..., : size + overlap, :], pairs[..., size - overlap :, :]], axis=-3)
+  return pairs.reshape(*batch, clusters, size + overlap, dim)
+
+
+def overlap_mask(size: int, overlap: int) -> np.ndarray:
+  """Returns what `add_overlap` says of a pair of clusters as a mask, 0 or -inf, (2 * size, 2 * size)."""
   query, key = np.indices((2 * size, 2 * size))
   seen = np.where(query < size, key < size + overlap, key >= size - overlap)
   return np.where(seen, 0, -np.inf).astype(np.float32)
@@ -198,9 +208,8 @@ class FeatureAttention(layers.MultiHeadAttention):
     if not self.levels:
       return self.attend(q, k, v, rngs)[0], jnp.zeros((batch, self.num_heads, tokens), int)
     size = tokens >> self.levels
-    pairs = (batch, -1, 2 * size, dim)
-    fused = self.is_fused(*(x.reshape(pairs) for x in (q, k)), rngs)
-    if fused:
+    overlap, pairs = min(self.options.overlap, size), (batch, -1, 2 * size, dim)
+    if fused := self.is_fused(*(x.reshape(pairs) for x in (q, k)), rngs):
       order, place = fused_clustering.cluster_order(
         jax.lax.stop_gradient(q), self.num_heads, self.levels, self.options.iterations, SHARPNESS
       )
@@ -208,9 +217,14 @@ class FeatureAttention(layers.MultiHeadAttention):
       heads = split_heads(q, self.num_heads).swapaxes(1, 2)
       order, _ = balanced_clusters(heads, self.levels, self.options.iterations)
       place = jnp.argsort(order, axis=-1)
-    q, k, v = (x.reshape(pairs) for x in permute([q, k, v], order, place, fused))
-    mask = overlap_mask(size, min(self.options.overlap, size))
-    y, _ = self.attend(q, k, v, rngs, mask=jnp.broadcast_to(mask, (q.shape[1], *mask.shape)))
+    arrays = permute([q, k, v], order, place, fused)
+    if fused:  # pairs as they lie in memory: less to move, though a quarter of a map or more is masked
+      mask = overlap_mask(size, overlap)
+      mask = jnp.broadcast_to(mask, (tokens // (2 * size), *mask.shape))
+      y, _ = self.attend(*(x.reshape(pairs) for x in arrays), rngs, mask=mask)
+    else:
+      q, *others = (x.reshape(batch, -1, size, dim) for x in arrays)
+      y, _ = self.attend(q, *(add_overlap(x, overlap) for x in others), rngs)
     (y,) = permute([y.reshape(batch, tokens, dim)], place, order, fused)
     return y, place // size
 
@@ -225,7 +239,7 @@ class FeatureAttention(layers.MultiHeadAttention):
     """Returns the new tokens (B, N, C) and the cluster of each token for each head, (B, heads, N) int."""
     q, k, v = self.qkv(x)
     y, clusters = (self.attend_balanced if self.options.clustering == "balanced" else self.attend_kmeans)(q, k, v, rngs)
-    y = y + self.get_v(v.reshape(len(x), *self.grid, -1)).reshape(y.shape)
+    y = y + self.get_v(v.reshape(x.shape[0], *self.grid, -1)).reshape(y.shape)
     return drop(self.proj_drop, self.proj(y), rngs), clusters
 
 

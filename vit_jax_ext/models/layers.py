@@ -334,7 +334,7 @@ class MultiHeadAttention(nnx.Module):
 
   def fused_windows(self, x: jax.Array, windows: Windows, rngs: nnx.Rngs | None) -> bool:
     """Returns whether a kernel finds the windows of x (B, tokens, C) itself; a single one needs none."""
-    tokens = jax.ShapeDtypeStruct((len(x), windows.number, math.prod(windows.window), x.shape[-1]), x.dtype)
+    tokens = jax.ShapeDtypeStruct((x.shape[0], windows.number, math.prod(windows.window), x.shape[-1]), x.dtype)
     return windows.number > 1 and self.is_fused(tokens, tokens, rngs)
 
   def _known(self, rngs: nnx.Rngs | None) -> dict[str, Any]:
