@@ -1,10 +1,9 @@
 """Image classification datasets as encoded examples: what TFDS knows, folders of images by class, synthetic ones."""
 
 import abc
+import collections
 from collections.abc import Sequence
-import hashlib
 import os
-import pathlib
 from typing import ClassVar
 
 from absl import logging
@@ -13,11 +12,12 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from vit_jax_ext.config import is_folder
-from vit_jax_ext.data import digits
+from vit_jax_ext.data import digits, folders
 from vit_jax_ext.errors import UserError
 
 IMAGENET_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp")
+SAMPLED = 64  # images that `sample` gives; of a folder it gives more:
+SAMPLED_OF_FOLDER, SAMPLED_PER_CLASS = 1000, 3  # in all, or where there are many classes of each
 
 
 class Dataset(abc.ABC):
@@ -26,10 +26,12 @@ class Dataset(abc.ABC):
   Attributes:
     name: what the user calls it.
     class_names: names of the classes; labels are their indices.
+    remarks: what is left out and why, and what differs between splits.
   """
 
   name: str
   class_names: Sequence[str]
+  remarks: Sequence[str] = ()
 
   @abc.abstractmethod
   def num_examples(self, split: str) -> int:
@@ -51,6 +53,18 @@ class Dataset(abc.ABC):
     the file, "" if the dataset does not keep it.
     """
     return self._read(split, share, shares).enumerate(self._bounds(split, share, shares)[0])
+
+  def describe(self, *splits: str) -> str:
+    """Returns the number of classes, of the splits' images and, of a folder, of those of each class, least to most."""
+    listed = ", ".join(f"{split} {self.num_examples(split):,}{self._per_class(split)}" for split in splits)
+    return f"{self.name}: {len(self.class_names)} classes; {listed}"
+
+  def sample(self, split: str) -> tf.data.Dataset:
+    """Returns examples of a split by which one sees whether its images can be decoded; of a folder of every class."""
+    return self._read(split, 0, 1).take(SAMPLED)
+
+  def _per_class(self, split: str) -> str:
+    return ""
 
   def _bounds(self, split: str, share: int, shares: int) -> tuple[int, int]:
     """Returns the first index of a share, and the one after its last."""
@@ -110,41 +124,59 @@ class TfdsDataset(Dataset):
 class FolderDataset(Dataset):
   """A folder SPLIT/CLASS/image.jpg, or CLASS/image.jpg, which is the split "train" as a whole.
 
-  The order is that of the names' hashes: "train[:90%]" and "train[90%:]" both hold all classes.
+  The order is that of the names' hashes: "train[:90%]" and "train[90%:]" both hold all classes. Of every class the same
+  share have "rest:10%:0" and "holdout:10%:0", drawn with the seed at the end.
   """
 
   def __init__(self, name: str):
     self.name = name
-    root = pathlib.Path(name).expanduser()
-    files = [path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES]
-    parts = {path: path.relative_to(root).parts for path in files}
-    depths = {len(p) for p in parts.values()}
-    if depths not in ({2}, {3}):
-      raise UserError(f"dataset {name} is neither CLASS/image.jpg nor SPLIT/CLASS/image.jpg with images "
-                      f"{', '.join(SUFFIXES)}; move the files")  # fmt: skip
-    self.class_names = sorted({p[-2] for p in parts.values()})
-    labels = {class_name: i for i, class_name in enumerate(self.class_names)}
-    self._splits: dict[str, list[tuple[str, int]]] = {}
-    for path in sorted(files, key=lambda path: hashlib.sha256("/".join(parts[path]).encode()).digest()):
-      split = parts[path][0] if depths == {3} else "train"
-      self._splits.setdefault(split, []).append((str(path), labels[parts[path][-2]]))
+    self._images, self.remarks = folders.scan(name)
+    self.remarks += folders.compare_splits(self._images)
+    self.class_names = sorted({image.label for image in self._images})
+    self._labels = {class_name: i for i, class_name in enumerate(self.class_names)}
+    self._splits: dict[str, list[folders.Image]] = {}
+    for image in self._images:
+      self._splits.setdefault(image.split, []).append(image)
 
-  def _select(self, split: str) -> list[tuple[str, int]]:
+  def _select(self, split: str) -> list[folders.Image]:
+    if (held := folders.hold_out(self._splits.get("train", ()), split)) is not None:
+      return held
     infos = {name: tfds.core.SplitInfo(name=name, shard_lengths=[len(files)], num_bytes=0)
              for name, files in self._splits.items()}  # fmt: skip
     try:
       instructions = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
     except (KeyError, ValueError, AssertionError):
-      raise _unknown_split(self.name, split, self._splits) from None
-    return [file for part in instructions for file in self._splits[part.splitname][part.from_ : part.to]]
+      error = _unknown_split(self.name, split, self._splits)
+      if "train" in self._splits:
+        flags = "--config.dataset.train_split=rest:10%:0 --config.dataset.eval_split=holdout:10%:0"
+        error = UserError(f"{error}; or hold out a tenth of each class of train, drawn with seed 0: {flags}")
+      raise error from None
+    return [image for part in instructions for image in self._splits[part.splitname][part.from_ : part.to]]
 
   def num_examples(self, split: str) -> int:
     return len(self._select(split))
 
   def _read(self, split: str, share: int, shares: int) -> tf.data.Dataset:
     start, stop = self._bounds(split, share, shares)
-    paths, labels = zip(*self._select(split)[start:stop], strict=True)
-    dataset = tf.data.Dataset.from_tensor_slices((list(paths), tf.constant(labels, tf.int32)))
+    return self._open(self._select(split)[start:stop])
+
+  def sample(self, split: str) -> tf.data.Dataset:
+    per_class = max(SAMPLED_PER_CLASS, SAMPLED_OF_FOLDER // len(self.class_names))
+    seen, chosen = collections.Counter(), []
+    for image in self._select(split):
+      seen[image.label] += 1
+      if seen[image.label] <= per_class:
+        chosen.append(image)
+    return self._open(chosen)
+
+  def _per_class(self, split: str) -> str:
+    counts = collections.Counter(image.label for image in self._select(split)).most_common()
+    (most, largest), (least, smallest) = counts[0], counts[-1]
+    return f" ({smallest:,} of {least} to {largest:,} of {most})"
+
+  def _open(self, images: Sequence[folders.Image]) -> tf.data.Dataset:
+    paths, labels = [image.path for image in images], [self._labels[image.label] for image in images]
+    dataset = tf.data.Dataset.from_tensor_slices((tf.constant(paths, tf.string), tf.constant(labels, tf.int32)))
     return dataset.map(lambda path, label: {"image": tf.io.read_file(path), "label": label, "name": path})
 
 

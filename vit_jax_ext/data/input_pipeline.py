@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from vit_jax_ext.data import preprocess, randaugment
 from vit_jax_ext.data.datasets import Dataset
-from vit_jax_ext.data.unreadable import Unreadable, map_or_flag
+from vit_jax_ext.data.unreadable import Unreadable, map_or_flag, unreadable_dataset
 from vit_jax_ext.errors import UserError
 
 Batch = dict[str, Any]  # image (B, H, W, 3) uint8, label (B,) int32; in evaluation also mask (B,) bool
@@ -198,6 +198,27 @@ def _decode(
     examples.map(split), lambda example: augment(*example), batch_size, drop_remainder=drop_remainder
   )
   return batches.map(join)
+
+
+def undecodable(dataset: Dataset, split: str) -> tuple[int, list[str]]:
+  """Decodes a sample of a split; returns how many images that are, and the names of those that cannot be.
+
+  Raises:
+    UserError: the dataset cannot be read.
+  """
+  tried, bad = 0, []
+  examples = dataset.sample(split).enumerate()
+  pairs = examples.map(lambda index, example: ((index, example["name"]), example["image"]))
+  batches = map_or_flag(
+    pairs, lambda image: preprocess.resize_and_center_crop(image, (8, 8), 1.0), 64, drop_remainder=False
+  )
+  try:
+    for (indices, names), ok, _ in batches.as_numpy_iterator():
+      tried += len(ok)
+      bad += [names[i].decode() or f"number {indices[i]} of {split}" for i in np.flatnonzero(~ok)]
+  except tf.errors.OpError as error:
+    raise unreadable_dataset(dataset, error) from None
+  return tried, bad
 
 
 def prefetch_to_devices(batches: Iterator[Batch], sharding: jax.sharding.Sharding, size: int = 2) -> Iterator[Batch]:

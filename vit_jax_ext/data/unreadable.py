@@ -52,6 +52,12 @@ def map_or_flag(
   return groups.rebatch(batch_size, **batch_options)
 
 
+def unreadable_dataset(dataset: Dataset, error: tf.errors.OpError) -> UserError:
+  """Returns what a user shall know of an error that is not one image's."""
+  why = " ".join(error.message.split())[-240:]  # the cause comes last
+  return UserError(f"dataset {dataset.name!r} cannot be read: {why}; check its files")
+
+
 class Unreadable:
   """Watches for images that cannot be decoded: names each in the log, and ends the run when there are too many.
 
@@ -78,8 +84,7 @@ class Unreadable:
           raise self._too_many()
         yield batch
     except tf.errors.OpError as error:
-      why = " ".join(error.message.split())[-240:]  # the cause comes last
-      raise UserError(f"dataset {self._dataset.name!r} cannot be read: {why}; check its files") from None
+      raise unreadable_dataset(self._dataset, error) from None
 
   def _note(self, index: int, name: str) -> None:
     if index in self._names:

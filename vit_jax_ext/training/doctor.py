@@ -89,11 +89,17 @@ def _checks(
 
 
 def _check_dataset(config: ml_collections.ConfigDict, dataset: Dataset) -> str:
-  sizes = {split: dataset.num_examples(split) for split in (config.dataset.train_split, config.dataset.eval_split)}
-  for split in sizes:  # decodes a few, so that data that is not there or is no images is found
-    next(input_pipeline.eval_batches(dataset, split, batch_size=4, image_size=(32, 32), crop=1.0))
-  listed = ", ".join(f"{split} {size:,}" for split, size in sizes.items())
-  return f"{dataset.name}: {len(dataset.class_names)} classes; {listed}"
+  splits = config.dataset.train_split, config.dataset.eval_split
+  findings = [dataset.describe(*splits), *dataset.remarks]
+  for split in dict.fromkeys(splits):
+    decoded, bad = input_pipeline.undecodable(dataset, split)
+    allowed = config.dataset.max_unreadable * dataset.num_examples(split)
+    if bad:
+      rest = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+      findings.append(f"{split}: {len(bad)} of {decoded} that were tried cannot be decoded: {', '.join(bad[:5])}{rest}")
+    if len(bad) > allowed or (bad and len(bad) == decoded):
+      raise UserError(f"{'; '.join(findings)}; mend them, or raise --config.dataset.max_unreadable")
+  return "; ".join(findings)
 
 
 def _check_memory(config: ml_collections.ConfigDict, experiment: Experiment, target: Target | None) -> str:

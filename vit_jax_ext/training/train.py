@@ -76,7 +76,8 @@ def _train(
   data = config.dataset
   with distributed.first_process_first("dataset"):
     dataset = open_dataset(data.name, data.data_dir)
-  dataset.num_examples(data.eval_split)
+  for line in (dataset.describe(data.train_split, data.eval_split), *dataset.remarks):
+    logging.info("%s", line)
   facts = len(dataset.class_names), dataset.num_examples(data.train_split)
   experiment = Experiment(config, *facts)
   model, total_steps = experiment.model, experiment.total_steps
