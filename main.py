@@ -1,11 +1,23 @@
 """Train, evaluate and compare vision transformers."""
 
+import os
+import signal
+import sys
+
+
+def leave(*_) -> None:
+  """Ends at once on Ctrl-C: whatever is being imported might swallow an exception, or tell a page about it."""
+  os.write(sys.stderr.fileno(), b"interrupted\n")
+  os._exit(1)
+
+
+if __name__ == "__main__":  # before the rest is imported
+  signal.signal(signal.SIGINT, leave)
+
 import argparse
 import difflib
 import importlib
-import os
 import pkgutil
-import sys
 
 from vit_jax_ext import commands
 from vit_jax_ext.errors import RunError, Stopped, UserError
@@ -76,5 +88,16 @@ def main() -> int:
   return 0
 
 
+def end(status: int) -> None:
+  """Ends the process without taking it down piece by piece, which threads of libraries do not always survive."""
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what was to be done is done
+  jax = sys.modules.get("jax")
+  if jax and jax.distributed.is_initialized():
+    sys.exit(status)  # the other processes wait for this one's goodbye
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
+
+
 if __name__ == "__main__":
-  sys.exit(main())
+  end(main())

@@ -82,19 +82,25 @@ def join_processes(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def resumable() -> Iterator[None]:
-  """While open, Ctrl-C and (until the training itself takes care of it) SIGTERM say that the same command continues."""
+  """While open, Ctrl-C and SIGTERM end the command, until the training itself takes care of them, at once.
 
-  def preempted(*_):
-    print("preempted; the same command continues", file=sys.stderr, flush=True)
-    os._exit(Preempted.status)  # at once: where Python happens to be, an exception might be swallowed
+  Where Python happens to be, an exception might be swallowed. What was saved stays, and the same command continues.
+  """
+  words = {signal.SIGTERM: (b"preempted", Preempted.status), signal.SIGINT: (b"interrupted", Stopped.status)}
 
-  previous = signal.signal(signal.SIGTERM, preempted)
+  def leave(notice, _):
+    what, status = words[notice]
+    os.write(sys.stderr.fileno(), what + b"; the same command continues from the last checkpoint\n")
+    os._exit(status)
+
+  previous = {notice: signal.signal(notice, leave) for notice in words}
   try:
     yield
   except KeyboardInterrupt:
     raise Stopped("interrupted; the same command continues from the last checkpoint") from None
   finally:
-    signal.signal(signal.SIGTERM, previous)
+    for notice, handler in previous.items():
+      signal.signal(notice, handler)
 
 
 def new_experiment(args: argparse.Namespace) -> tuple["ml_collections.ConfigDict", str]:

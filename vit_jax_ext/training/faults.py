@@ -17,6 +17,8 @@ MOST_SKIPPED = 100  # steps in a row
 class Preemption:
   """Notices SIGTERM, by which clusters announce that they take a machine away. Use as a context manager.
 
+  Ctrl-C is an exception again meanwhile, so that what is being saved is finished.
+
   Of several processes one may get the signal; all learn of it at the same call of `check`, so that they can save
   together. They therefore have to call it equally often.
   """
@@ -28,12 +30,14 @@ class Preemption:
     # With several processes JAX has its own handler. A signal's handler can be set in the main thread alone.
     self._here = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
     if self._here:
-      self._previous = signal.signal(signal.SIGTERM, lambda *_: self._noticed.set())
+      handlers = {signal.SIGTERM: lambda *_: self._noticed.set(), signal.SIGINT: signal.default_int_handler}
+      self._previous = {notice: signal.signal(notice, handler) for notice, handler in handlers.items()}
     return self
 
   def __exit__(self, *exception) -> None:
     if self._here:
-      signal.signal(signal.SIGTERM, self._previous)
+      for notice, handler in self._previous.items():
+        signal.signal(notice, handler)
 
   def check(self) -> None:
     """Raises Preempted if the signal has come."""
