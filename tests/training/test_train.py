@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -121,6 +122,24 @@ def test_another_config_is_refused_and_nothing_overwritten(finished):
   with pytest.raises(vx.UserError, match=r"optimizer.weight_decay=0.05, this run has 0.3.*--workdir"):
     train(other, str(workdir))
   assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def test_a_finished_run_goes_on_to_more_steps(finished, tmp_path, caplog):
+  config, workdir, _ = finished
+  shutil.copytree(workdir, tmp_path / "run")
+  longer = config.copy_and_resolve_references()
+  longer.total_steps = 9
+  caplog.set_level("INFO", logger="absl")
+  results = train(longer, str(tmp_path / "run"))
+  assert "the run had total_steps=7 and goes on to step 9; the learning rate is now that of 9 steps" in caplog.text
+  rows = read_metrics(tmp_path / "run")
+  assert [row["step"] for row in rows] == [2, 3, 4, 6, 6, 7, 7, 8, 9, 9] and rows[-1]["eval/top1"] == results[
+    "eval/top1"
+  ]
+  assert json.loads((tmp_path / "run" / "config.json").read_text())["total_steps"] == 9
+  assert train(longer, str(tmp_path / "run")) == results
+  with pytest.raises(vx.UserError, match=r"was made with config\.total_steps=9, this run has 7"):
+    train(config, str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(("steps", "epochs", "expected"), [(5, None, 5), (None, 2, 200), (None, 0.5, 50)])

@@ -95,7 +95,7 @@ def _train(
     if config.pretrained:
       state = _load_pretrained(state, split_model(model)[0], config.pretrained)
   with distributed.first_process_first("workdir"):
-    claim_workdir(workdir, config)
+    was = claim_workdir(workdir, config)
     if not jax.process_index():
       about = description.describe(config.model, len(dataset.class_names), dataset.class_names, data.crop)
       description.claim(workdir, about, first_step)
@@ -121,6 +121,12 @@ def _train(
     workdir,
   )
 
+  if was:
+    rates = [float(experiment.schedule(step)) for step in (first_step, total_steps - 1)]
+    logging.info(
+      "the run had %s and goes on to step %d; the learning rate is now that of %d steps, from %.3g to %.3g",
+      was, total_steps, total_steps, *rates,
+    )  # fmt: skip
   if experiment.layout.remarks():
     logging.info("mesh: %s", experiment.layout.remarks())
 

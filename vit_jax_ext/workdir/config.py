@@ -19,6 +19,9 @@ FREE_KEYS = ("mesh", "checkpoint", "log_every_steps", "eval_every_steps", "datas
              "skip_nonfinite", "compilation_cache")  # fmt: skip
 
 
+LENGTHS = ("total_steps", "total_epochs")  # of which a run may get more
+
+
 def default_workdir(spec: str) -> str:
   """Returns the fixed folder of a config, PATH or PATH:ARGUMENT, under the user's cache."""
   path, _, argument = spec.partition(":")
@@ -57,16 +60,30 @@ def _complete(values: Any, defaults: dict) -> dict:
   return values | missing
 
 
-def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> None:
-  """Saves the config of a new run, or checks that the run in `workdir` is the same one.
+def claim_workdir(workdir: str, config: ml_collections.ConfigDict) -> str | None:
+  """Saves the config of a new run, or checks that the run in `workdir` is the same one; it may be longer now.
+
+  Returns:
+    How long it was, in words, if it is longer now.
 
   Raises:
     UserError: the folder cannot be written, belongs to another config, or holds something else.
   """
   check_workdir(workdir, config)
   check_new_file(os.path.join(workdir, FILE), "workdir")
-  if not os.path.exists(os.path.join(workdir, FILE)):
-    write_json(workdir, FILE, configs.saved(config), option="workdir")
+  was = None
+  if os.path.exists(os.path.join(workdir, FILE)):
+    old = read_workdir_config(workdir)
+    if not (longer := [key for key in LENGTHS if is_longer(old[key], config[key])]):
+      return None
+    was = f"{longer[0]}={old[longer[0]]}"
+  write_json(workdir, FILE, configs.saved(config), option="workdir")
+  return was
+
+
+def is_longer(old: float | None, new: float | None) -> bool:
+  """Tells whether a run's length, in steps or epochs, has become larger."""
+  return old is not None and new is not None and new > old
 
 
 def check_workdir(workdir: str, config: ml_collections.ConfigDict, option: str = "workdir") -> None:
@@ -88,7 +105,8 @@ def check_workdir(workdir: str, config: ml_collections.ConfigDict, option: str =
     return
   old, new = (flatten(configs.saved(each)) for each in (read_workdir_config(workdir), config))
   for key in sorted(old):
-    if not key.startswith(FREE_KEYS) and old.get(key) != new.get(key):
+    longer = key in LENGTHS and is_longer(old.get(key), new.get(key))
+    if not key.startswith(FREE_KEYS) and not longer and old.get(key) != new.get(key):
       raise UserError(
         f"workdir {workdir} was made with config.{key}={old.get(key)}, this run has {new.get(key)}; "
         f"choose another --{option}, or the config that made it"
