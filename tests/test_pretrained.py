@@ -65,7 +65,7 @@ def torch_shapes(name, **kw):
     (lambda d: d.update({"norm.0.bias": np.full(96, np.nan, np.float32)}), ["norm.0.bias", "not finite"]),
     (lambda d: d.update({"norm.0.bias": np.zeros(96, np.int32)}), ["norm.0.bias", "int32"]),
     (lambda d: (d.pop("norm.1.bias"), d.update(extra=np.zeros(3, np.float32))), ["norm.1.bias", "extra"]),
-    (lambda d: d.update({"head.0.weight": np.zeros((9, 7), np.float32)}), ["head.0.weight", "(7, 9)", "(96, 1000)"]),
+    (lambda d: d.update({"head.0.weight": np.zeros((9, 7), np.float32)}), ["head.0.weight", "(9, 7)", "(1000, 96)"]),
     (lambda d: d.update({"pos_embed.0": np.zeros((1, 42, 96), np.float32)}), ["pos_embed.0", "(1, 42, 96)"]),
   ],
 )
@@ -262,3 +262,24 @@ def test_a_class_without_a_registered_name(state_dict):
   assert len(vx.load_pretrained(model, state_dict).loaded) == len(state_dict)
   with pytest.raises(vx.UserError, match="CrossViT"):
     vx.load_pretrained(model, {})
+
+
+def test_windows_that_would_be_shrunk_are_refused(tmp_path):
+  """Weights of window 12 at 384 pixels in a model of window 7."""
+  small = dict(image_size=96, depths=(1, 1), num_heads=(1, 1), embed_dim=8, num_classes=3)
+
+  def create(window_size):
+    return vx.create_model("swin_base", window_size=window_size, rngs=nnx.Rngs(0), **small)
+
+  vx.save_pretrained(create(12), tmp_path / "x.safetensors")
+  with pytest.raises(vx.UserError, match="create it with window_size=12"):
+    vx.load_pretrained(create(6), tmp_path / "x.safetensors")
+  assert not vx.load_pretrained(create(12), tmp_path / "x.safetensors").resized
+
+
+def test_shapes_are_told_as_the_authors_have_them(tmp_path):
+  """(out, in), not ours."""
+  small = dict(image_size=32, depth=1, num_heads=2, num_classes=3, rngs=nnx.Rngs(0))
+  vx.save_pretrained(vx.create_model("vit_16b", embed_dim=8, **small), tmp_path / "x.safetensors")
+  with pytest.raises(vx.UserError, match=r"fc1.weight has shape \(24, 8\) instead of \(48, 16\)"):
+    vx.load_pretrained(vx.create_model("vit_16b", embed_dim=16, **small), tmp_path / "x.safetensors")

@@ -244,7 +244,7 @@ def bad_file(kind, folder, weights):
     ("bare pickle", ""),
     ("empty", "empty"),
     ("directory", "directory"),
-    ("text", "damaged"),
+    ("text", "a web page"),
     ("no state dict", "no state dict"),
     ("a tensor", "no state dict"),
     ("not all tensors", "norm.bias"),
@@ -376,3 +376,23 @@ def test_offline_says_what_to_put_where(model, weights, monkeypatch):
   path = pathlib.Path(str(error.value).partition("put it at ")[2].partition(",")[0])
   np.savez(path, **weights)
   check(model, url, weights)
+
+
+@pytest.mark.parametrize(
+  ("content", "words"),
+  [
+    (b"\n <!DOCTYPE html><html>", "a web page, not the file"),
+    (b"<HTML><head>", "a web page, not the file"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n", "git lfs pull"),
+    (b"<?xml version='1.0'?><Error/>", "an XML text"),
+    (b"nothing that is known", "or no .safetensors file at all"),
+  ],
+)
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
+def test_what_is_no_weights_at_all_is_called_by_its_name(name, content, words, tmp_path):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(vx.UserError) as error:
+    weight_files.read_weights(str(tmp_path / name))
+  assert "PyTorch" not in str(error.value)
+  assert words in str(error.value) or (name == "x.pth" and "in no known format" in str(error.value))
+  assert "\n" not in str(error.value) and len(str(error.value)) < 400

@@ -27,6 +27,8 @@ _TORCH_LEAF = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "v
 _BUFFERS = ("attn_mask", "relative_position_index", "num_batches_tracked")
 _CLASSIFIER = re.compile(r"head\.([01]\.)?(weight|bias)")  # CrossViT has two
 METADATA = "vit_jax_ext"  # of a .safetensors file: the description of its weights, as JSON
+# Of an .npz for each published parameter, at most: what unpacks to more is not read. Options may make a model larger.
+BYTES_OF_PARAMETER = 64
 _AT_MOST = 6  # names of each kind in an error message
 
 
@@ -84,7 +86,14 @@ def load_pretrained(model: nnx.Module, source: Source, *, keep_classifier: bool 
       or type; a value that is not finite. The model is then unchanged.
   """
   variant = getattr(model, "variant", type(model).__name__)  # a class may be used without its registered name
-  weights, where = read_source(source, variant)
+  return fill(model, *read_source(source, variant), keep_classifier=keep_classifier)
+
+
+def fill(
+  model: nnx.Module, weights: Mapping[str, np.ndarray], where: str, *, keep_classifier: bool = False
+) -> LoadReport:
+  """Does what `load_pretrained` does with what `read_source` has read: weights, and what to call them."""
+  variant, weights = getattr(model, "variant", type(model).__name__), dict(weights)
   report, filled = LoadReport(where), {}
   missing, misfits = [], []
   for path, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
@@ -104,7 +113,8 @@ def load_pretrained(model: nnx.Module, source: Source, *, keep_classifier: bool 
         continue
       resized = _resize(model, path, array, variable.shape)
       if resized is None:
-        misfits.append(f"{name} has shape {array.shape} instead of {variable.shape}")
+        shapes = (_torch_shape(path, shape) for shape in (array.shape, variable.shape))
+        misfits.append("{} has shape {} instead of {}".format(name, *shapes))
         continue
       array, outcome = resized, report.resized
     outcome.append(name)
@@ -144,7 +154,8 @@ def read_source(source: Source, variant: str) -> tuple[dict[str, np.ndarray], st
     where = f"{source}, step {step}, {item}"
     weights = {_torch_name(path): _to_torch_layout(path, array) for path, array in arrays.items()}
   else:
-    weights, where = weight_files.read_weights(os.fspath(source))
+    published = registry.VARIANTS.get(variant)
+    weights, where = weight_files.read_weights(os.fspath(source), published and BYTES_OF_PARAMETER * published.params)
   return _from_timm({name: np.asarray(array) for name, array in weights.items()}), where
 
 
@@ -229,6 +240,10 @@ def _to_torch_layout(path: tuple, array: np.ndarray) -> np.ndarray:
   return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
 
 
+def _torch_shape(path: tuple, shape: tuple[int, ...]) -> tuple[int, ...]:
+  return _to_torch_layout(path, np.broadcast_to(np.float32(0), shape)).shape
+
+
 def _place(variable: nnx.Variable, array: np.ndarray) -> nnx.Variable:
   """Returns the array as the variable's new value, of its dtype and on its devices."""
   array = array.astype(variable.dtype, copy=False)
@@ -245,6 +260,12 @@ def _resize(model: nnx.Module, path: tuple, array: np.ndarray, shape: tuple[int,
     return None if tokens is None else np.concatenate([array[:, :1], tokens[None]], axis=1)
   if path[-1] == "relative_position_bias_table" and array.ndim == 2 and array.shape[-1] == shape[-1]:
     window = _module(model, path[:-1]).window
+    of_weights, of_model = (math.isqrt(len(array)) + 1) // 2, getattr(model, "window_size", math.inf)
+    if of_weights >= 1.5 * of_model:  # a stage's own may be a little larger than window_size, to divide its sides
+      raise UserError(
+        f"the weights have windows of {of_weights}, the model of {of_model}, to which they would be shrunk; create it "
+        f"with window_size={of_weights}"
+      )
     return _resize_grid(array, (2 * window[0] - 1, 2 * window[1] - 1))
   return None
 
@@ -286,7 +307,7 @@ def convert(source: Source, target: str | os.PathLike, spec: Mapping[str, Any], 
     model = registry.abstract_model(spec, saved_classes)
   else:  # a new classifier needs initial values
     model = registry.create_model(spec["name"], num_classes=num_classes, rngs=nnx.Rngs(0), **spec["overrides"])
-  report = dataclasses.replace(load_pretrained(model, weights), source=where)
+  report = fill(model, weights, where)
   num_classes = saved_classes if num_classes is None else num_classes
   save_pretrained(model, target, redescribe(source, where, spec, num_classes))
   return report

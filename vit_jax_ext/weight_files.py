@@ -12,6 +12,7 @@ import pathlib
 import pickle
 import re
 import shutil
+import textwrap
 import types
 from typing import Any
 import urllib.parse
@@ -31,14 +32,22 @@ Weights = dict[str, np.ndarray]
 ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")
 # Bytes that an .npz may unpack to, 25 times ViT-L; a few kilobytes can be made to unpack to any number.
 LARGEST_NPZ = 32 * 2**30
+# What is no weights at all, by its first bytes in small letters.
+TEXTS = {
+  b"<!doctype": "a web page, not the file; open the address in a browser, and fetch the file behind it",
+  b"<html": "a web page, not the file; open the address in a browser, and fetch the file behind it",
+  b"<?xml": "an XML text, probably a server's answer; fetch the file again",
+  b"version https://git-lfs": "a pointer of git-lfs, not the file; fetch it with git lfs pull",
+}
 CHUNK = 2**16  # bytes of a download that may be lost when it breaks off
 
 
-def read_weights(source: str) -> tuple[Weights, str]:
+def read_weights(source: str, largest: int | None = None) -> tuple[Weights, str]:
   """Reads a file of PyTorch (.pth, .pt, .pth.tar), .safetensors or .npz (Google's ViT too), told apart by content.
 
   Args:
     source: a local path; https://... or a bucket's address such as gs://..., which are kept in `weights_cache()`.
+    largest: bytes that an .npz may unpack to; None for LARGEST_NPZ.
 
   Returns:
     The arrays, and where they are from: the source and, in a training checkpoint, the entry that was chosen.
@@ -57,23 +66,28 @@ def read_weights(source: str) -> tuple[Weights, str]:
     raise UserError(f"weights {source} are a directory without checkpoints of ours; give a file, or a run's workdir")
   try:
     with path.open("rb") as file:
-      head = file.read(9)
+      head = file.read(64)
   except OSError as error:
     raise UserError(f"weights {source} cannot be read: {error.strerror}; check its permissions") from None
   if not head:
     raise UserError(f"weights {source} are an empty file; fetch them again")
+  if text := next((what for start, what in TEXTS.items() if head.lstrip().lower().startswith(start)), None):
+    raise UserError(f"weights {source} are {text}")
+  if path.suffix == ".safetensors" and head[8:9] != b"{" and not head.startswith((b"PK", b"\x80")):
+    raise UserError(f"weights {source} are damaged, or no .safetensors file at all; fetch them again")
   entry = None
   try:
-    if head[8:] == b"{":
+    if head[8:9] == b"{":
       content = safetensors.numpy.load_file(path)
     elif _is_npz(path):
-      content = _read_npz(path)
+      content = _read_npz(path, largest or LARGEST_NPZ)
     else:
       content, entry = _find_state_dict(_read_torch(path), source)
   except UserError:
     raise
   except Exception as error:  # the parsers raise whatever they stumble over in a damaged file
-    why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    why = " ".join(f"{type(error).__name__}: {error}".split())
+    why = textwrap.shorten(why.partition(". ")[0], 160, placeholder=" ...")
     raise UserError(
       f"weights {source} are damaged, truncated or in no known format ({why}); fetch them again"
     ) from None
@@ -88,11 +102,13 @@ def _is_npz(path: pathlib.Path) -> bool:
     return all(name.endswith(".npy") for name in archive.namelist())
 
 
-def _read_npz(path: pathlib.Path) -> Weights:
+def _read_npz(path: pathlib.Path, largest: int) -> Weights:
   with zipfile.ZipFile(path) as archive:
     size = sum(member.file_size for member in archive.infolist())
-  if size > LARGEST_NPZ:
-    raise UserError(f"weights {path} would unpack to {size:,} bytes; no model here has more than {LARGEST_NPZ:,}")
+  if size > largest:
+    raise UserError(
+      f"weights {path} would unpack to {size:,} bytes, not at most {largest:,}; they are not this model's"
+    )
   with np.load(path, allow_pickle=False) as archive:
     arrays = dict(archive)
   return _from_google(arrays) if any("posembed_input" in name for name in arrays) else arrays
