@@ -54,7 +54,7 @@ class Progress:
   """Step, loss, images/s and time left: a live bar on a terminal, plain lines in a log. Use as a context manager."""
 
   def __init__(self, first_step: int, total_steps: int):
-    self._first, self._total, self._start = first_step, total_steps, time.monotonic()
+    self._total = total_steps
     self._bar = rich.progress.Progress(
       rich.progress.TextColumn("step"),
       rich.progress.MofNCompleteColumn(),
@@ -79,13 +79,13 @@ class Progress:
     self._bar.update(self._task, completed=step)
 
   def log(self, step: int, scalars: Mapping[str, float]) -> None:
-    """Shows the newest `train/loss` and `train/images_per_second`."""
+    """Shows `train/loss` and `train/images_per_second`, and in a log `seconds_left`, where they are known."""
     numbers = f"loss {scalars['train/loss']:.4f}  {scalars.get('train/images_per_second', 0):.0f} images/s"
     self._bar.update(self._task, numbers=numbers)
     if not CONSOLE.is_terminal:
-      left = (time.monotonic() - self._start) / (step - self._first) * (self._total - step)
-      minutes, seconds = divmod(round(left), 60)
-      absl_logging.info("step %d/%d  %s  %d:%02d left", step, self._total, numbers, minutes, seconds)
+      minutes, seconds = divmod(round(scalars.get("seconds_left", 0)), 60)
+      left = f"  {minutes}:{seconds:02d} left" if "seconds_left" in scalars else ""
+      absl_logging.info("step %d/%d  %s%s", step, self._total, numbers, left)
 
 
 class Countdown:

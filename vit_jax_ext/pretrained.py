@@ -353,7 +353,10 @@ def save_pretrained(model: nnx.Module, path: str | os.PathLike, about: Mapping[s
   part = path.with_name(path.name + ".part")
   try:
     if path.suffix == ".safetensors":
+      part.touch()
+      mode = part.stat().st_mode  # as the umask has it; the library would have it private
       safetensors.numpy.save_file(arrays, part, {"format": "np"} | ({METADATA: json.dumps(about)} if about else {}))
+      part.chmod(mode)
     else:
       weight_files.save_torch(arrays, part)
     part.rename(path)

@@ -71,6 +71,24 @@ def test_workdir(finished):
   assert {"train/loss", "eval/top1", "eval_ema/top1"} <= tags
 
 
+def test_training_metrics_are_means_and_the_log_has_one_line_each(finished, tmp_path, caplog):
+  """Those of every second step are the means of what a log of every step says."""
+  config, workdir, _ = finished
+  every = config.copy_and_resolve_references()
+  every.log_every_steps = 1
+  caplog.set_level("INFO", logger="absl")
+  train(every, str(tmp_path / "run"))
+  ours, theirs = (
+    {row["step"]: row["train/loss"] for row in read_metrics(folder) if "train/loss" in row}
+    for folder in (tmp_path / "run", workdir)
+  )
+  assert theirs[7] == ours[7]
+  for step in (2, 4, 6):
+    np.testing.assert_allclose(theirs[step], (ours[step - 1] + ours[step]) / 2, rtol=1e-6)
+  lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("step ")]
+  assert sum("images/s" in line for line in lines) == 7 and sum("eval/top1" in line for line in lines) == 2
+
+
 def test_last_and_best_are_kept(finished):
   _, workdir, _ = finished
   evaluated = {row["step"]: row["eval/top1"] for row in read_metrics(workdir) if "eval/top1" in row}

@@ -1,6 +1,6 @@
 """The training loop: read top to bottom."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -26,6 +26,7 @@ from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.train_step import TrainState
 from vit_jax_ext.workdir import checkpoint, description, lock
 from vit_jax_ext.workdir.config import claim_workdir
+from vit_jax_ext.workdir.metrics import Means
 from vit_jax_ext.workdir.writers import open_writer
 
 
@@ -64,6 +65,11 @@ def train(
   configs.check(config)
   with contextlib.nullcontext() if jax.process_index() else lock.hold(workdir):
     return _train(config, workdir, new_progress, compiled)
+
+
+def told(scores: Mapping[str, float]) -> str:
+  """Returns scores for a line of the log."""
+  return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
 
 
 def _train(
@@ -156,6 +162,7 @@ def _train(
   batches = input_pipeline.prefetch_to_devices(batches, experiment.by_batch)
 
   results, saved_step, preemption = {}, first_step, faults.Preemption()
+  means = Means(checkpoint.read_sums(workdir, first_step))
   finite = faults.FiniteWatch(experiment.schedule, skip=config.skip_nonfinite)
   with (
     checkpoint.open_checkpoints(workdir, keep_last=config.checkpoint.keep_last) as checkpoints,
@@ -173,6 +180,7 @@ def _train(
         preemption.check()
         state, measured = train_step(state, batch)
         finite.add(step, measured)
+        means.add(measured)
         progress.step(step)
         if step == first_step + 1:
           jax.block_until_ready(measured)  # images/s shall not count the compilation
@@ -185,18 +193,23 @@ def _train(
         if logged or saved:
           finite.check()
         if logged:
-          scalars = {f"train/{name}": value.item() for name, value in jax.device_get(measured).items()}
+          scalars = {f"train/{name}": mean for name, mean in means.take().items()}
           scalars["train/learning_rate"] = float(experiment.schedule(step - 1))
+          left = {}
           if step > clock_step:
-            seconds = time.monotonic() - clock
-            scalars["train/images_per_second"] = (step - clock_step) * config.batch_size / seconds
+            seconds = (time.monotonic() - clock) / (step - clock_step)
+            scalars["train/images_per_second"] = config.batch_size / seconds
+            left = {"seconds_left": (total_steps - step) * seconds}
           writer.write_scalars(step, scalars)
-          progress.log(step, scalars)
+          progress.log(step, scalars | left)
         if evaluated:
           results = evaluate_state()
           writer.write_scalars(step, results)
+          if not last:  # which the end tells
+            logging.info("step %d/%d  %s", step, total_steps, told(results))
         if saved:
-          checkpoint.save(checkpoints, step, state.checkpoint_items(), results if evaluated else None)
+          scores = results if evaluated else None
+          checkpoint.save(checkpoints, step, state.checkpoint_items(), scores, means.count())
           saved_step = step
         if logged or evaluated:
           clock_step, clock = step, time.monotonic()
@@ -205,7 +218,7 @@ def _train(
       finite.check()
       step = int(state.step)
       if step > saved_step:
-        checkpoint.save(checkpoints, step, state.checkpoint_items(), None)
+        checkpoint.save(checkpoints, step, state.checkpoint_items(), None, means.count())
       raise Preempted(f"preempted at step {step} of {total_steps}; the same command continues from there") from None
-  logging.info("finished: %s", ", ".join(f"{name} {value:.4f}" for name, value in results.items()))
+  logging.info("finished: %s", told(results))
   return results

@@ -22,6 +22,7 @@ from vit_jax_ext.workdir import digests
 from vit_jax_ext.workdir.disk import writing
 
 BEST_METRIC = "eval/top1"
+SUMS = "sums"  # item of a checkpoint
 
 # Parts of a checkpoint by name, each of which can be read alone: "model" and, where there are averages, "ema", both
 # {"params", "stats"}; and whatever else a training needs to go on. Orbax refuses empty ones.
@@ -36,7 +37,7 @@ class Checkpoints(ocp.CheckpointManager):
     self._outdated = folder / options.todelete_subdir if options.todelete_subdir else None
     self._thread, self._started = concurrent.futures.ThreadPoolExecutor(1), None
 
-  def start(self, step: int, items: Items, metrics: dict[str, float] | None) -> None:
+  def start(self, step: int, items: Items, metrics: dict[str, float] | None, sums: dict[str, Any]) -> None:
     """Begins to save, once the one before is saved; the items may change when this returns.
 
     Before it returns orbax works longer than it takes to copy a small model, so with one process a thread calls it.
@@ -45,7 +46,8 @@ class Checkpoints(ocp.CheckpointManager):
 
     def save(items):
       self._delete_outdated()
-      args = ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()})
+      args = ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()},
+                                   **{SUMS: ocp.args.JsonSave(sums)})  # fmt: skip
       self.save(step, args=args, metrics=metrics, force=True)
 
     if jax.process_count() == 1:  # copied, for on a CPU device_get gives views of what the next step overwrites
@@ -155,10 +157,30 @@ def set_aside(workdir: str, steps: list[int]) -> None:
     logging.warning("it is now %s", target)
 
 
-def save(checkpoints: Checkpoints, step: int, items: Items, metrics: dict[str, float] | None) -> None:
-  """Starts saving `items`, with the `metrics` of this step's evaluation if any; returns once they may change."""
+def save(
+  checkpoints: Checkpoints,
+  step: int,
+  items: Items,
+  metrics: dict[str, float] | None,
+  sums: dict[str, Any] | None = None,
+) -> None:
+  """Starts saving `items`, with the `metrics` of this step's evaluation if any; returns once they may change.
+
+  Args:
+    checkpoints: open.
+    step: of the training.
+    items: see `Items`.
+    metrics: None where it was not evaluated.
+    sums: of the training metrics since the last log line, see `metrics.Means`.
+  """
   with writing(os.fspath(checkpoints.directory.parent)):
-    checkpoints.start(step, items, metrics)
+    checkpoints.start(step, items, metrics, json.loads(json.dumps(sums or {})))
+
+
+def read_sums(workdir: str, step: int) -> dict[str, Any]:
+  """Returns the sums that were saved at `step`; none by a run of before, or at step 0."""
+  path = _folder(workdir, step) / SUMS / "metadata"
+  return json.loads(path.read_text()) if path.exists() else {}
 
 
 def add_metrics(checkpoints: Checkpoints, step: int, metrics: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: TensorBoard, the console and metrics.jsonl."""
+"""Where a run's numbers go: TensorBoard and metrics.jsonl."""
 
 from collections.abc import Iterator
 import contextlib
@@ -46,7 +46,7 @@ class JsonlWriter(metric_writers.LoggingWriter):
 
 @contextlib.contextmanager
 def open_writer(workdir: str, first_step: int) -> Iterator[metric_writers.MetricWriter]:
-  """Opens the writer of TensorBoard files, console lines and metrics.jsonl; writes in the background.
+  """Opens the writer of TensorBoard files and metrics.jsonl; writes in the background.
 
   Of several processes one writes.
 
@@ -57,9 +57,7 @@ def open_writer(workdir: str, first_step: int) -> Iterator[metric_writers.Metric
     yield metric_writers.MultiWriter([])
     return
   with writing(workdir):
-    writer = metric_writers.AsyncMultiWriter(
-      [metric_writers.SummaryWriter(workdir), metric_writers.LoggingWriter(), JsonlWriter(workdir, first_step)]
-    )
+    writer = metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(workdir), JsonlWriter(workdir, first_step)])
   try:
     with writing(workdir, asynclib.AsyncError):
       yield writer
