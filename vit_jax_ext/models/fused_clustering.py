@@ -96,20 +96,26 @@ def cluster_order(
   return on_each_device(run, {"q": x[:, None]}, ["order", "place"], num_heads)
 
 
-def _move_kernel(index_ref, *refs, width, rows):
+def _move_kernel(index_ref, *refs, width):
   sources, results = refs[: len(refs) // 2], refs[len(refs) // 2 :]
+  tokens = index_ref.shape[2]
   for head in range(index_ref.shape[1]):
     lanes, index = pl.ds(head * width, width), index_ref[0, pl.ds(head, 1)]
     x = jnp.concatenate([ref[0, 0, :, lanes] for ref in sources], axis=1)
     precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
 
-    @pl.loop(0, index.shape[1] // rows)
-    def _(block, x=x, index=index, lanes=lanes, precision=precision):
-      first = pl.multiple_of(block * rows, rows)
-      own = jax.lax.broadcasted_iota(jnp.int32, (rows, index.shape[1]), 0) == index - first
+    def fill(first, rows, x=x, index=index, lanes=lanes, precision=precision):
+      own = jax.lax.broadcasted_iota(jnp.int32, (rows, tokens), 0) == index - first
       y = jnp.dot(own.astype(x.dtype), x, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
       for i, ref in enumerate(results):
         ref[0, 0, pl.ds(first, rows), lanes] = y[:, i * width : (i + 1) * width]
+
+    @pl.loop(0, tokens // ROWS)
+    def _(block, fill=fill):
+      fill(pl.multiple_of(block * ROWS, ROWS), ROWS)
+
+    if tokens % ROWS:
+      fill(tokens - tokens % ROWS, tokens % ROWS)
 
 
 def move(arrays: list[jax.Array], index: jax.Array) -> list[jax.Array]:
@@ -120,8 +126,7 @@ def move(arrays: list[jax.Array], index: jax.Array) -> list[jax.Array]:
     index: a permutation, (B, heads, tokens) int32.
   """
   heads, tokens = index.shape[1:]
-  rows = max(d for d in range(1, tokens + 1) if tokens % d == 0 and (d == tokens or (d <= ROWS and d % 16 == 0)))
-  kernel = functools.partial(_move_kernel, width=arrays[0].shape[-1] // heads, rows=rows)
+  kernel = functools.partial(_move_kernel, width=arrays[0].shape[-1] // heads)
   names = ["q", "k", "v"][: len(arrays)]
 
   def run(given):
