@@ -20,7 +20,7 @@ import importlib
 import pkgutil
 
 from vit_jax_ext import commands
-from vit_jax_ext.errors import RunError, Stopped, UserError
+from vit_jax_ext.errors import Preempted, RunError, Stopped, UserError
 
 EPILOG = """
 Any value of the config is set with --config.KEY=VALUE, for example --config.batch_size=64.
@@ -92,7 +92,7 @@ def end(status: int) -> None:
   """Ends the process without taking it down piece by piece, which threads of libraries do not always survive."""
   signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what was to be done is done
   jax = sys.modules.get("jax")
-  if jax and jax.distributed.is_initialized():
+  if status in (0, Preempted.status) and jax and jax.distributed.is_initialized():
     sys.exit(status)  # the other processes wait for this one's goodbye
   sys.stdout.flush()
   sys.stderr.flush()

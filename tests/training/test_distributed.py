@@ -136,6 +136,32 @@ def start(processes, devices, coordinator, command, *, meanwhile=lambda running:
   return outputs
 
 
+@pytest.mark.parametrize("bad", [0, 1])
+def test_an_error_of_one_ends_all_within_seconds(bad, coordinator, tmp_path, data_dir):
+  """A folder that one host alone cannot read."""
+
+  def command(coordinator, processes, i):
+    name = "./nowhere" if i == bad else "digits"
+    return ["main.py", "train", f"--coordinator={coordinator}", f"--num-processes={processes}", f"--process-id={i}",
+            f"--workdir={tmp_path}", f"--config.dataset.data_dir={data_dir}", f"--config.dataset.name={name}",
+            *TINY, "--config.total_steps=100000"]  # fmt: skip
+
+  ends = {}
+
+  def watch(running):
+    while len(ends) < len(running):
+      for i, process in enumerate(running):
+        if process.poll() is not None:
+          ends.setdefault(i, (time.monotonic(), process.returncode))
+      time.sleep(0.1)
+    raise InterruptedError
+
+  with pytest.raises(InterruptedError):
+    start(2, 1, coordinator, command, meanwhile=watch)
+  assert abs(ends[0][0] - ends[1][0]) < 10
+  assert ends[bad][1] == 2 and ends[1 - bad][1] == 1
+
+
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_train_digits_together(processes, coordinator, tmp_path, data_dir, capsys):
   """Each with half of the parameters or less; one of them writes. What four wrote is then evaluated here."""

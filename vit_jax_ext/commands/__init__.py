@@ -61,7 +61,7 @@ def add_thresholds(parser: argparse.ArgumentParser) -> None:
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
-  """Adds what one of several processes has to know, see `join_processes`."""
+  """Adds what one of several processes has to know, see `joined_processes`."""
   group = parser.add_argument_group("several processes, one on each host; see launch/")
   group.add_argument("--distributed", action="store_true", help="ask SLURM, Open MPI, Cloud TPU or Kubernetes for them")
   group.add_argument("--coordinator", metavar="HOST:PORT", help="process 0, as all can reach it")
@@ -71,13 +71,18 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
   group.add_argument("--wait", metavar="SECONDS", type=int, default=300, help="for all to come (default: 300)")
 
 
-def join_processes(args: argparse.Namespace) -> None:
-  """Joins the other processes of a run, if there are any."""
-  if args.distributed or args.coordinator:
-    from vit_jax_ext.training import distributed
+@contextlib.contextmanager
+def joined_processes(args: argparse.Namespace) -> Iterator[None]:
+  """Joins the other processes of a run, if there are any; an error of one then ends all."""
+  if not (args.distributed or args.coordinator):
+    yield
+    return
+  from vit_jax_ext.training import distributed
 
-    hosts = args.hosts.split(",") if args.hosts else ()
-    distributed.join(args.coordinator, args.num_processes, args.process_id, hosts=hosts, wait=args.wait)
+  hosts = args.hosts.split(",") if args.hosts else ()
+  distributed.join(args.coordinator, args.num_processes, args.process_id, hosts=hosts, wait=args.wait)
+  with distributed.together():
+    yield
 
 
 @contextlib.contextmanager

@@ -16,14 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
   """Prints the scores; of several processes one does."""
   commands.check_one_source(args, [args.workdir] if args.workdir else [])  # before the others are waited for
-  commands.join_processes(args)
-  import jax
+  with commands.joined_processes(args):
+    import jax
 
-  from vit_jax_ext.files import write_json
-  from vit_jax_ext.training.evaluate import evaluate_weights
+    from vit_jax_ext.files import write_json
+    from vit_jax_ext.training.evaluate import evaluate_weights
 
-  config, workdir = commands.trained_model(args)
-  evaluation = evaluate_weights(config, workdir)
+    config, workdir = commands.trained_model(args)
+    evaluation = evaluate_weights(config, workdir)
   if jax.process_index():
     return
   print("{weights}: {images} images of {dataset}/{split}".format(**evaluation))

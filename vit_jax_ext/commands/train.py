@@ -22,11 +22,11 @@ def run(args: argparse.Namespace) -> None:
     config, workdir = commands.new_experiment(args)
     if not (args.distributed or args.coordinator):  # of one host, before anything heavy is imported
       lock.check(workdir)
-    commands.join_processes(args)
-    from vit_jax_ext.training.accelerators import unused
+    with commands.joined_processes(args):
+      from vit_jax_ext.training.accelerators import unused
 
-    if remark := unused():
-      print(f"warning: {remark}", file=sys.stderr)
-    from vit_jax_ext.training.train import train
+      if remark := unused():
+        print(f"warning: {remark}", file=sys.stderr)
+      from vit_jax_ext.training.train import train
 
-    train(config, workdir, compiled=args.compiled)
+      train(config, workdir, compiled=args.compiled)

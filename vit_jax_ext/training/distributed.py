@@ -2,18 +2,24 @@
 
 from collections.abc import Iterator, Sequence
 import contextlib
+import os
 import socket
+import threading
 import time
+from typing import Any
 
 from absl import logging
 import jax
 from jax._src import clusters  # what jax.distributed.initialize asks; it has no public name
+from jax._src import distributed as _distributed  # nor has the client that it makes
 from jax.experimental import multihost_utils
 import numpy as np
 
-from vit_jax_ext.errors import RunError, UserError
+from vit_jax_ext.errors import RunError, Stopped, UserError
 
 GO = "go"
+FAILURE = "vit_jax_ext/failure"  # key under which a process tells the others of an error
+POLL = 1.0  # seconds between looks at it
 
 
 def join(
@@ -129,6 +135,47 @@ def _report_to(address: tuple[str, int], report: str, wait: float) -> str:
     if time.monotonic() >= deadline:
       return f"process 0 did not come within {wait:g} s: no answer at {address[0]}:{address[1]}"
     time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """While open, an error of one process ends all of them within seconds; JAX alone would miss it after minutes."""
+  client = _distributed.global_state.client
+  if client is None:
+    yield
+    return
+  over = threading.Event()
+  threading.Thread(target=_watch, args=(client, over), daemon=True).start()
+  try:
+    yield
+  except Stopped:  # all have agreed on it
+    raise
+  except Exception as error:
+    over.set()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one has told of its own
+      client.key_value_set(FAILURE, f"process {jax.process_index()} on {socket.gethostname()} ends: {error}")
+    _let_others_read()
+    raise
+  finally:
+    over.set()
+
+
+def _watch(client: Any, over: threading.Event) -> None:
+  while not over.wait(POLL):
+    try:
+      failure = client.key_value_try_get(FAILURE)
+    except jax.errors.JaxRuntimeError:  # there is none
+      continue
+    if not over.is_set():
+      logging.error("%s", failure)
+      _let_others_read()
+      os._exit(RunError.status)
+
+
+def _let_others_read() -> None:
+  """Process 0, which keeps the keys, waits until the others have seen them."""
+  if not jax.process_index():
+    time.sleep(3 * POLL)
 
 
 def all_agree(yes: bool) -> bool:
