@@ -82,8 +82,7 @@ def _train(
   data = config.dataset
   with distributed.first_process_first("dataset"):
     dataset = open_dataset(data.name, data.data_dir)
-  for line in (dataset.describe(data.train_split, data.eval_split), *dataset.remarks):
-    logging.info("%s", line)
+  found = dataset.describe(data.train_split, data.eval_split)  # refused now if there are no such splits
   facts = len(dataset.class_names), dataset.num_examples(data.train_split)
   experiment = Experiment(config, *facts)
   model, total_steps = experiment.model, experiment.total_steps
@@ -116,6 +115,8 @@ def _train(
   with distributed.first_process_first("damaged"):  # by now all processes have inspected them
     checkpoint.set_aside(workdir, damaged)
 
+  for line in (found, *dataset.remarks):
+    logging.info("%s", line)
   logging.info(
     "%s: %s parameters; step %d of %d, %d images each, on %d device(s); workdir %s",
     config.model.name,
