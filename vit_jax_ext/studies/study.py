@@ -206,7 +206,7 @@ def _read_cell(
     of_seed = config.copy_and_resolve_references()
     of_seed.seed = seed
     run = Run(f"{name}, seed {seed}", os.path.join(folder, f"seed_{seed}"), of_seed)
-    check_workdir(run.workdir, run.config, option="output")
+    check_workdir(run.workdir, run.config, option="output", may_be_longer=False)  # a run in two parts is another one
     run.read(experiment.total_steps, thresholds)
     runs.append(run)
   forward = cost.trace_forward(experiment.model)

@@ -86,13 +86,16 @@ def is_longer(old: float | None, new: float | None) -> bool:
   return old is not None and new is not None and new > old
 
 
-def check_workdir(workdir: str, config: ml_collections.ConfigDict, option: str = "workdir") -> None:
+def check_workdir(
+  workdir: str, config: ml_collections.ConfigDict, option: str = "workdir", *, may_be_longer: bool = True
+) -> None:
   """Checks that a run in `workdir`, if there is one, has this config.
 
   Args:
     workdir: the run's.
     config: the config of the run that shall be continued.
     option: of the command line, on which the folder depends.
+    may_be_longer: whether its number of steps or epochs may have become larger.
 
   Raises:
     UserError: it has another one, or the folder holds something else.
@@ -105,7 +108,7 @@ def check_workdir(workdir: str, config: ml_collections.ConfigDict, option: str =
     return
   old, new = (flatten(configs.saved(each)) for each in (read_workdir_config(workdir), config))
   for key in sorted(old):
-    longer = key in LENGTHS and is_longer(old.get(key), new.get(key))
+    longer = may_be_longer and key in LENGTHS and is_longer(old.get(key), new.get(key))
     if not key.startswith(FREE_KEYS) and not longer and old.get(key) != new.get(key):
       raise UserError(
         f"workdir {workdir} was made with config.{key}={old.get(key)}, this run has {new.get(key)}; "
