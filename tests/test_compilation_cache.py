@@ -12,6 +12,7 @@ import ml_collections
 import pytest
 
 from vit_jax_ext import compilation_cache
+from vit_jax_ext import config as configs
 
 
 @pytest.fixture
@@ -100,6 +101,14 @@ def test_folder_that_cannot_be_written(unset, tmp_path, caplog):
   assert jax.config.jax_compilation_cache_dir is None
   (record,) = caplog.records
   assert str(tmp_path / "file/xla") in record.getMessage() and "--config.compilation_cache" in record.getMessage()
+
+
+@pytest.mark.parametrize(("written", "folder"), [("none", None), ("", ""), ("gs://x/y", "gs://x/y")])
+def test_the_command_line_says_where(written, folder):
+  experiment = configs.load_config(configs.DEFAULT)
+  configs.override(experiment, [f"compilation_cache={written}"])
+  configs.check(experiment)
+  assert experiment.compilation_cache == folder
 
 
 @pytest.mark.parametrize("off", ["", None])

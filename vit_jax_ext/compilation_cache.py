@@ -43,7 +43,7 @@ def use(config: ml_collections.ConfigDict) -> None:
 
   Args:
     config: its compilation_cache is a folder, which may be in a bucket (gs://...); "auto", the default, stands for one
-      under the user's cache, "" for none.
+      under the user's cache, None or "" for none.
   """
   folder = config.get("compilation_cache", AUTO)
   if not folder or jax.config.jax_compilation_cache_dir:

@@ -77,7 +77,8 @@ KEYS = {
   "checkpoint.every_steps": Key(integer(1), "besides one at every evaluation"),
   "checkpoint.keep_last": Key(integer(1), "besides the best"),
   "compilation_cache": Key(
-    Rule(str, empty=True), "folder of compiled programs, for the next start; auto: under the user's cache; empty: none"
+    Rule(str, optional=True, empty=True),
+    "folder of compiled programs, for the next start; auto: under the user's cache; None or empty: none",
   ),
   "mesh.data": Key(integer(-1), "devices along which the batch is divided; -1: what the others leave"),
   "mesh.fsdp": Key(integer(-1), "along which parameters are divided too; -1: what the others leave"),
