@@ -43,7 +43,7 @@ class StripeAttention(layers.MultiHeadAttention):
     """Returns the new tokens (B, N, dim) from the block's (B, N, C), of which `project` makes q, k and v."""
     batch, tokens, _ = x.shape
     windows = Windows(self.grid, self.stripe)
-    if self.fused_windows(x, windows, rngs):
+    if self.windows_are_fused(x, windows, rngs):
       q, k, v = project(x)
       y = attend_windows(q, k, v, None, None, windows, v.shape[-1] // self.num_heads, self.scale)
       return y + self.get_v(v.reshape(batch, *self.grid, -1), self.stripe).reshape(y.shape)

@@ -255,7 +255,8 @@ class DepthwiseConv(Conv):
     dtype, grid = widest(self.dtype), x.shape[1:3]
     x, kernel, bias = x.astype(self.dtype), self.kernel[...][:, :, 0].astype(dtype), self.bias[...].astype(dtype)
     shared = jax.sharding.get_abstract_mesh().shape.get("model", 1) > 1
-    if self.implementation != "reference" and platform() == "tpu" and dtype == jnp.float32 and not shared:
+    taken = platform() == "tpu" and x.dtype in (jnp.bfloat16, jnp.float32) and not shared
+    if taken and self.implementation != "reference":
       return depthwise_conv(x, kernel.reshape(9, -1), bias[None], stripe)
     if stripe is not None:
       stripes = partition_windows(x, stripe)
@@ -332,7 +333,7 @@ class MultiHeadAttention(nnx.Module):
     """Calls `attention.is_fused` with what the module knows."""
     return is_fused(q, k, **self._known(rngs))
 
-  def fused_windows(self, x: jax.Array, windows: Windows, rngs: nnx.Rngs | None) -> bool:
+  def windows_are_fused(self, x: jax.Array, windows: Windows, rngs: nnx.Rngs | None) -> bool:
     """Returns whether a kernel finds the windows of x (B, tokens, C) itself; a single one needs none."""
     tokens = jax.ShapeDtypeStruct((x.shape[0], windows.number, math.prod(windows.window), x.shape[-1]), x.dtype)
     return windows.number > 1 and self.is_fused(tokens, tokens, rngs)

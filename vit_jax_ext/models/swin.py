@@ -82,7 +82,7 @@ class WindowAttention(layers.MultiHeadAttention):
     bias = self.attention_bias()
     mask = seam_mask(self.grid, self.window, self.shift) if any(self.shift) else None
     windows = Windows(self.grid, self.window, self.shift)
-    if self.fused_windows(x, windows, rngs):
+    if self.windows_are_fused(x, windows, rngs):
       x = attend_windows(*self.qkv(x), bias, mask, windows, dim // self.num_heads, self.scale)
       return drop(self.proj_drop, self.proj(x), rngs)
     x = x.reshape(batch, *self.grid, dim)
