@@ -74,8 +74,9 @@ def main() -> int:
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # announces itself twice at every start
   try:
     args = parse_args(sys.argv[1:])
-    from vit_jax_ext.console import log_to_console  # not before: the parser answers at once
+    from vit_jax_ext.console import filter_stderr, log_to_console  # not before: the parser answers at once
 
+    filter_stderr()
     log_to_console()
     commands.check_output(args)
     args.run(args)

@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Mapping
 import contextlib
 import logging
+import os
+import shutil
+import subprocess
 import sys
 import time
 import warnings
@@ -12,6 +15,12 @@ import rich.console
 import rich.progress
 
 CONSOLE = rich.console.Console(stderr=True)
+# How lines of libjpeg-turbo begin when it decodes what is damaged.
+LIBJPEG = (
+  "Corrupt JPEG data", "Premature end of JPEG file", "Invalid JPEG file structure", "Unsupported marker type",
+  "Not a JPEG file", "Warning: unknown JFIF revision", "Unknown Adobe color transform", "Inconsistent progression",
+  "Invalid SOS parameters", "Bogus ", "Unsupported JPEG", "Invalid component ID",
+)  # fmt: skip
 
 
 class _ConsoleHandler(logging.Handler):
@@ -48,6 +57,25 @@ def transfer_bar() -> rich.progress.Progress:
     console=CONSOLE,
     disable=not CONSOLE.is_terminal,
   )
+
+
+def filter_stderr() -> None:
+  """Keeps libjpeg's remarks on damaged images, which it writes past Python, from the console and the log.
+
+  What libraries in C write goes through a process that leaves these out and outlives ours, so that no crash is
+  lost. Python's own writing goes where it went; where somebody has turned that elsewhere, nothing is done.
+  """
+  grep = shutil.which("grep")
+  if not grep or sys.stderr is not sys.__stderr__:
+    return
+  sys.stderr.flush()
+  own = os.dup(2)
+  command = [grep, "--line-buffered", "--text", "--invert-match", "--extended-regexp", f"^({'|'.join(LIBJPEG)})"]
+  # Not in our process group: Ctrl-C shall not end it before us.
+  through = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=own, start_new_session=True)
+  os.dup2(through.stdin.fileno(), 2)
+  through.stdin.close()
+  sys.stderr = os.fdopen(own, "w", buffering=1, encoding=sys.stderr.encoding, errors=sys.stderr.errors)
 
 
 class Progress:

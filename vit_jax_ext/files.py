@@ -9,7 +9,14 @@ import os
 import tempfile
 from typing import IO, Any
 
+import humanize
+
 from vit_jax_ext.errors import UserError
+
+
+def size(count: float) -> str:
+  """Returns a number of bytes for people, e.g. "5.10 GiB"."""
+  return humanize.naturalsize(count, binary=True, format="%.2f")
 
 
 def user_cache() -> str:

@@ -26,14 +26,19 @@ OPTIONS = [
 ]  # fmt: skip
 LONG = ["--config.eval_every_steps=300", "--config.log_every_steps=15", "--config.checkpoint.every_steps=15"]
 SHORT = ["--config.eval_every_steps=100", "--config.log_every_steps=10", "--config.checkpoint.every_steps=10"]
+BOTH = (signal.SIGKILL, signal.SIGTERM)
 BEFORE_ALL = 1.0  # seconds in which Python itself starts, and SIGTERM ends it as any program
 
 
 @pytest.mark.parametrize(
-  ("kills", "steps", "options"),
-  [pytest.param(20, 3000, LONG, marks=pytest.mark.slow), (5, 200, SHORT)],
+  ("kills", "notices", "steps", "options"),
+  [
+    pytest.param(20, BOTH, 3000, LONG, marks=pytest.mark.slow),
+    pytest.param(50, (signal.SIGKILL,), 6000, LONG, marks=pytest.mark.slow),
+    (5, BOTH, 200, SHORT),
+  ],
 )
-def test_kills_change_nothing(kills, steps, options, tmp_path, data_dir):
+def test_kills_change_nothing(kills, notices, steps, options, tmp_path, data_dir):
   """Kill -9 and SIGTERM while it imports, compiles, trains, evaluates, saves; final weights are bitwise the same."""
   moments = random.Random(0)
 
@@ -51,7 +56,7 @@ def test_kills_change_nothing(kills, steps, options, tmp_path, data_dir):
   for i in range(kills):
     # Early ones hit the start; the late ones leave enough of the run that none of them finds it finished.
     seconds = moments.uniform(0.1, 0.9 if i % 2 else 0.5) * undisturbed * (steps - before) / steps
-    process, notice = start(killed), moments.choice([signal.SIGKILL, signal.SIGTERM])
+    process, notice = start(killed), moments.choice(notices)
     time.sleep(seconds)
     running = process.poll() is None
     process.send_signal(notice)

@@ -12,10 +12,11 @@ import shlex
 import sys
 from typing import Any
 
+import humanize
+
 from vit_jax_ext import commands
 from vit_jax_ext.errors import RunError, UserError
-
-GIB = 2**30
+from vit_jax_ext.files import size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +130,7 @@ def _failure_told(what: str) -> Iterator[None]:
 
 def print_plan(plan: dict[str, Any]) -> None:
   """Prints a plan for people."""
-  mesh = " x ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
+  mesh = " x ".join(f"{axis}={devices}" for axis, devices in plan["mesh"].items())
   print(f"{plan['program']} {plan['model']}, {plan['parameters']:,} parameters, {plan['batch_size']} images a step, "
         f"on {plan['devices']}: {plan['chips']} chip(s), {mesh}")  # fmt: skip
   if plan["remarks"]:
@@ -147,15 +148,15 @@ def print_plan(plan: dict[str, Any]) -> None:
       cycles = f"{row['cycles'] / 1e6:12,.3f} M cycles" if plan["time"] and row["cycles"] else ""
       print(f"{cycles}{row['memory_bytes'] / 1e6:14,.1f} MB  {row['pass']:8} {row['where']}")
   compilation = plan["compilation"]
-  print(f"compiled in {compilation['seconds']:.1f} s with {compilation['peak_memory'] / GIB:.2f} GiB")
+  print(f"compiled in {compilation['seconds']:.1f} s with {size(compilation['peak_memory'])}")
 
 
 def _print_memory(memory: dict[str, Any], fits: bool) -> None:
-  of = f" of {memory['limit'] / GIB:.2f}" if memory["limit"] else ""
-  print(f"{'fits' if fits else 'DOES NOT FIT'}: {memory['total'] / GIB:.2f}{of} GiB on each device")
-  for name, size in memory.items():
-    if name not in ("total", "limit") and size:
-      print(f"  {name:14}{size / GIB:10.3f} GiB")
+  of = f" of {size(memory['limit'])}" if memory["limit"] else ""
+  print(f"{'fits' if fits else 'DOES NOT FIT'}: {size(memory['total'])}{of} on each device")
+  for name, part in memory.items():
+    if name not in ("total", "limit") and part:
+      print(f"  {name:14}{size(part):>11}")
 
 
 def _print_way_out(plan: dict[str, Any]) -> None:
@@ -163,10 +164,10 @@ def _print_way_out(plan: dict[str, Any]) -> None:
   print("tried:" if plan["remedies"] else "nothing to try: images and parameters are as divided as they can be")
   for remedy in plan["remedies"]:
     verdict = "fits" if remedy["total"] <= limit else "does not fit"
-    print(f"  {remedy['total'] / GIB:10.2f} GiB, {verdict}: {remedy['flags']}")
+    print(f"  {size(remedy['total']):>11}, {verdict}: {remedy['flags']}")
   print("largest arrays" + (":" if "padding" in plan["memory"] else ", of the first of these that compiled:"))
   for row in plan["largest"]:
-    print(f"  {row['bytes'] / GIB:10.3f} GiB  {row['number']:3} x {row['array']:28} {row['pass']:8} {row['where']}")
+    print(f"  {size(row['bytes']):>11}  {row['number']:3} x {row['array']:28} {row['pass']:8} {row['where']}")
 
 
 def _print_time(time: dict[str, float], work: dict[str, Any]) -> None:
@@ -174,8 +175,9 @@ def _print_time(time: dict[str, float], work: dict[str, Any]) -> None:
         f"{time['images_per_second']:,.0f} in all, {time['share_of_peak']:.1%} of peak")  # fmt: skip
   if "training_hours" in time:
     print(f"  estimated training, without evaluations: {time['training_hours']:,.1f} h")
-  print(f"  {work['flops'] / 1e9:,.1f} GFLOP a device, {work['matmul_flops'] / max(work['flops'], 1):.1%} in matmuls; "
-        f"{work['memory_bytes'] / 1e9:,.2f} GB to and from memory, {time['memory'] * 1e3:,.2f} ms")  # fmt: skip
+  print(f"  {humanize.metric(work['flops'], 'FLOP')} a device, "
+        f"{work['matmul_flops'] / max(work['flops'], 1):.1%} in matmuls; "
+        f"{humanize.metric(work['memory_bytes'], 'B')} to and from memory, {time['memory'] * 1e3:,.2f} ms")  # fmt: skip
   if "estimated_cycles" in work:
     counted = sum(row["cycles"] for row in work["counted"])
     print(f"  {work['estimated_cycles'] / 1e6:,.2f} M cycles as the compiler estimates, {counted / 1e6:,.2f} M counted "
@@ -199,7 +201,7 @@ def _print_collectives(rows: list[dict[str, Any]], least: dict[str, float]) -> N
           f"{sent / 1e6:12,.3f} MB  {row['reach']}, {how}")  # fmt: skip
   sent = sum(row["sent_near"] + row["sent_far"] for row in rows)
   print(f"  in all {sent / 1e6:,.3f} MB; at least " +
-        ", ".join(f"{size / 1e6:,.3f} MB for {name}" for name, size in least.items()))  # fmt: skip
+        ", ".join(f"{few / 1e6:,.3f} MB for {name}" for name, few in least.items()))  # fmt: skip
 
 
 def _print_measured(plan: dict[str, Any]) -> None:
@@ -212,4 +214,4 @@ def _print_measured(plan: dict[str, Any]) -> None:
     estimated = plan["time"]["step"]
     print(f"  {estimated / measured['step']:.0%} of it was estimated, {estimated * 1e3:,.2f} ms")
   if measured["peak_memory"]:
-    print(f"  {measured['peak_memory'] / GIB:.2f} GiB on a device at the most, {memory['total'] / GIB:.2f} planned")
+    print(f"  {size(measured['peak_memory'])} on a device at the most, {size(memory['total'])} planned")

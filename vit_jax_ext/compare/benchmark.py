@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 
+from vit_jax_ext.files import size
 from vit_jax_ext.models import registry
 from vit_jax_ext.models.functional import normalize, split_model
 from vit_jax_ext.training import optimizer
@@ -97,7 +98,7 @@ class Benchmark:
       self.facts["compiled_multiply_adds"] = compiled.cost_analysis()["flops"] / 2 / self.batch_size
     free = free_memory()
     if taken > free:
-      raise OutOfMemoryError(f"{program} takes {taken / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
+      raise OutOfMemoryError(f"{program} takes {size(taken)} of memory, {size(free)} are free")
     self._compiled[program] = compiled
 
   def images_per_second(self, program: str) -> float:

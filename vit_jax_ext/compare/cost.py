@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from flax import nnx
+import humanize
 import jax
 from jax.extend import core
 import jax.numpy as jnp
@@ -178,9 +179,9 @@ def published_row(
     "params": params,
     "published": round(published_params),
     "params off": f"{params / published_params - 1:+.1%}",
-    "G multiply-adds": f"{adds / 1e9:.2f}",
+    "multiply-adds": humanize.metric(adds),
     "published G": published_adds,
-    "G off": f"{adds / 1e9 / published_adds - 1:+.1%}" if published_adds else None,
+    "off": f"{adds / 1e9 / published_adds - 1:+.1%}" if published_adds else None,
     "why": deviation(adds, published_adds),
     "published top-1 %": top1,
   }

@@ -12,7 +12,7 @@ import jinja2
 from vit_jax_ext.compare import charts, cost, results
 from vit_jax_ext.compare.charts import Axis, Series
 from vit_jax_ext.compare.results import Row, number
-from vit_jax_ext.files import data_address, replace
+from vit_jax_ext.files import data_address, replace, size
 
 FILE = "report.html"
 STUDIES = "studies"
@@ -155,7 +155,7 @@ def findings(models: Sequence[Model], table: Sequence[Row]) -> list[tuple[str, s
     held = [row for row in rows if row["training_memory"]]
     if len(held) > 1:
       least = min(held, key=lambda row: row["training_memory"])
-      found.append((f"Least memory to train{at}", least["label"], f"{least['training_memory'] / 1e9:.1f} GB"))
+      found.append((f"Least memory to train{at}", least["label"], size(least["training_memory"])))
     for where, top1 in accuracies(models).items():
       front = undominated({row["label"]: (row["forward_images_per_second"], top1[row["label"]]) for row in rows
                            if row["forward_images_per_second"] and row["label"] in top1})  # fmt: skip
@@ -220,7 +220,7 @@ def speed_bars(table: Sequence[Row]) -> Iterable[dict[str, Any]]:
   quantities = (
     ("forward_images_per_second", "Forward pass, images/s", ("forward_slowest", "forward_fastest"), number),
     ("training_images_per_second", "Training, images/s", ("training_slowest", "training_fastest"), number),
-    ("training_memory", "Memory of the training step, GB", None, lambda value: f"{value / 1e9:.2f}"),
+    ("training_memory", "Memory of the training step", None, size),
   )
   for setup, rows in setups(table).items():
     for key, title, spread, text in quantities:

@@ -9,9 +9,10 @@ import os
 import platform
 from typing import Any
 
+import humanize
 import jax
 
-from vit_jax_ext.files import replace, write_json
+from vit_jax_ext.files import replace, size, write_json
 
 FILES = JSON, CSV, MARKDOWN = "results.json", "results.csv", "results.md"
 Row = Mapping[str, Any]
@@ -91,8 +92,12 @@ def _percent(key: str) -> Callable[[Row], str]:
   return lambda row: f"{100 * row[key]:.2f}"
 
 
-def _giga(key: str) -> Callable[[Row], str]:
-  return lambda row: f"{row[key] / 1e9:.2f}"
+def _metric(key: str) -> Callable[[Row], str]:
+  return lambda row: humanize.metric(row[key])
+
+
+def _size(key: str) -> Callable[[Row], str]:
+  return lambda row: size(row[key])
 
 
 COLUMNS = (
@@ -103,18 +108,18 @@ COLUMNS = (
   Column("published_top1", "accuracy, %", lambda row: f"{row['published_top1']:.1f}", "Published, on ImageNet-1k."),
   Column("eval_top1", "measured, %", _percent("eval_top1"), "Top-1 of the run's best checkpoint on its own dataset."),
   Column("params", "params, M", lambda row: f"{row['params'] / 1e6:.2f}", "Parameters, counted."),
-  Column("multiply_adds", "multiply-adds, G", _giga("multiply_adds"),
+  Column("multiply_adds", "multiply-adds", _metric("multiply_adds"),
          "Of one image, counted from matrix products and convolutions, as the papers do."),
   Column("published_multiply_adds", "published, G", lambda row: _published(row), "Multiply-adds in the paper."),
-  Column("compiled_multiply_adds", "compiled, G", _giga("compiled_multiply_adds"),
+  Column("compiled_multiply_adds", "compiled", _metric("compiled_multiply_adds"),
          "Half of the operations that XLA counts in the compiled program, elementwise ones included."),
   Column("growth", "growth", lambda row: f"{row['growth']:.2f}",
          "The p in multiply-adds ~ pixels ** p, from 224 to 512 pixels a side; 1 is linear."),
   Column("forward_images_per_second", "forward, images/s", _rate("forward"), "Median, slowest and fastest round."),
   Column("training_images_per_second", "training, images/s", _rate("training"), "Median, slowest and fastest round."),
-  Column("forward_memory", "forward, GB", _giga("forward_memory"), "Peak memory of the compiled forward pass."),
-  Column("training_memory", "training, GB", _giga("training_memory"), "Peak memory of the compiled training step."),
-  Column("training_activations", "activations, GB", _giga("training_activations"),
+  Column("forward_memory", "forward, memory", _size("forward_memory"), "Peak memory of the compiled forward pass."),
+  Column("training_memory", "training, memory", _size("training_memory"), "Peak memory of the compiled training step."),
+  Column("training_activations", "activations", _size("training_activations"),
          "Of the peak in training, what is neither parameter, nor moment, nor image."),
   Column("compile_seconds", "compile, s", lambda row: f"{row['compile_seconds']:.0f}", "To trace and compile both."),
   Column("note", "note", lambda row: row["note"], "Why something is missing."),

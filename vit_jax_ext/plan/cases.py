@@ -15,7 +15,7 @@ import jax
 from vit_jax_ext.config import CONFIGS, load_config, override
 from vit_jax_ext.console import Countdown
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.files import write_json
+from vit_jax_ext.files import size, write_json
 from vit_jax_ext.plan.kinds import open_target
 from vit_jax_ext.plan.report import plan
 
@@ -23,7 +23,7 @@ RECIPES = ("crossvit.py:15_dagger", "deepvit.py:16b", "boat.py:swin_tiny", "swin
            "vit.py:deit_small")  # fmt: skip
 DEVICES = ("v5e:4x4", "v5e:16x16", "v5p:4x4x8", "h100:1x8")
 SECONDS = 300.0  # first guess of a compilation
-CELLS = ("images a chip", "fits, GiB", "step, ms", "images/s a chip", "of peak", "training, h")
+CELLS = ("images a chip", "fits", "step, ms", "images/s a chip", "of peak", "training, h")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +110,9 @@ def cells(found: dict[str, Any]) -> list[str]:
   if "error" in found:
     return ["", found["error"], "", "", "", ""]
   memory, images = found["memory"], found["batch_size"] / found["chips"]
-  size = f"{memory['total'] / 2**30:.2f} of {memory['limit'] / 2**30:.2f}"
+  fits = f"{size(memory['total'])} of {size(memory['limit'])}"
   if not found["fits"]:
-    return [f"{images:g}", f"no: {size}", "", "", "", ""]
+    return [f"{images:g}", f"no: {fits}", "", "", "", ""]
   time = found["time"]
-  return [f"{images:g}", size, f"~{time['step'] * 1e3:,.1f}", f"~{time['images_per_second_per_chip']:,.0f}",
+  return [f"{images:g}", fits, f"~{time['step'] * 1e3:,.1f}", f"~{time['images_per_second_per_chip']:,.0f}",
           f"~{time['share_of_peak']:.1%}", f"~{time['training_hours']:,.1f}"]  # fmt: skip

@@ -10,7 +10,7 @@ from vit_jax_ext import config as configs
 from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import Dataset, open_dataset
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.files import check_new_file
+from vit_jax_ext.files import check_new_file, size
 from vit_jax_ext.models.functional import split_model
 from vit_jax_ext.plan.compile import DoesNotFitError, compile_program
 from vit_jax_ext.plan.kinds import Target
@@ -107,17 +107,15 @@ def _check_memory(config: ml_collections.ConfigDict, experiment: Experiment, tar
     return _check_compiled_memory(config, experiment, target)
   limit = limit_at_hand()
   state = jax.eval_shape(experiment.init)
-  size = bytes_per_device(state, experiment.places)
+  held = bytes_per_device(state, experiment.places)
   gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
   parts = experiment.mesh.size // experiment.mesh.shape["model"]
   batch = config.batch_size // parts // config.optimizer.accumulation_steps
   activations = 0 if config.linear_probe else activation_bytes(experiment.model, batch)
-  needed = size + gradients + activations
-  gib = {name: f"{value / 2**30:.2f}" for name, value in
-         dict(needed=needed, size=size, gradients=gradients, activations=activations, limit=limit).items()}  # fmt: skip
+  needed = held + gradients + activations
   finding = (
-    f"about {gib['needed']} GiB of {gib['limit']} per device: state {gib['size']}, gradients {gib['gradients']}, "
-    f"activations of {batch} images {gib['activations']}"
+    f"about {size(needed)} of {size(limit)} per device: state {size(held)}, gradients {size(gradients)}, "
+    f"activations of {batch} images {size(activations)}"
   )
   if needed > limit:
     raise UserError(f"{finding}; set --config.optimizer.accumulation_steps, --config.model.overrides.remat=True or a "
@@ -130,11 +128,9 @@ def _check_compiled_memory(config: ml_collections.ConfigDict, experiment: Experi
     found = needs(compile_program(config, experiment), target)
   except DoesNotFitError as error:
     found = {"total": error.needed, "limit": error.limit}
-  parts = ", ".join(
-    f"{name} {size / 2**30:.2f}" for name, size in found.items() if size and name not in ("total", "limit")
-  )
-  limit = f" of {found['limit'] / 2**30:.2f}" if found["limit"] else ""
-  finding = f"{found['total'] / 2**30:.2f} GiB{limit} on each device of {target.name}{': ' if parts else ''}{parts}"
+  parts = ", ".join(f"{name} {size(part)}" for name, part in found.items() if part and name not in ("total", "limit"))
+  limit = f" of {size(found['limit'])}" if found["limit"] else ""
+  finding = f"{size(found['total'])}{limit} on each device of {target.name}{': ' if parts else ''}{parts}"
   if found["limit"] and found["total"] > found["limit"]:
     raise UserError(f"{finding}; python main.py plan with the same flags says what would make it fit")
   return finding
