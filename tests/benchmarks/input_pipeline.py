@@ -65,8 +65,8 @@ def ours(dataset, augment: dict):
 
   augmentation = input_pipeline.train_augmentation(augment, (SIZE, SIZE), (0.485, 0.456, 0.406), 0.0, 0.0)
   yield from input_pipeline.train_batches(
-    dataset, "train", batch_size=BATCH, image_size=(SIZE, SIZE), seed=0, first_step=0, total_steps=10**6,
-    shuffle_buffer=IMAGES, augment=augmentation,
+    dataset, "train", batch_size=BATCH, rows=range(BATCH), image_size=(SIZE, SIZE), seed=0, first_step=0,
+    total_steps=10**6, shuffle_buffer=IMAGES, augment=augmentation,
   )  # fmt: skip
 
 

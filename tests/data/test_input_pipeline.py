@@ -35,6 +35,7 @@ RECIPE = dict(crop_scale=(0.08, 1.0), interpolation="random", flip=0.5, randaugm
 
 def train_batches(dataset, count, *, augment=PLAIN, shift=0.0, scale=0.0, image_size=(8, 8), **kw):
   options = dict(batch_size=50, seed=0, first_step=0, shuffle_buffer=10_000) | kw
+  options = dict(rows=range(options["batch_size"])) | options
   options["total_steps"] = options["first_step"] + count
   augmentation = input_pipeline.train_augmentation(augment, image_size, (0.5, 0.5, 0.5), shift, scale)
   batches = list(input_pipeline.train_batches(dataset, "train", image_size=image_size, augment=augmentation, **options))
@@ -91,26 +92,39 @@ def test_starting_late_continues_exactly(dataset, first_step, options):
 class Numbered(datasets.Dataset):
   """Images that are labelled with their index."""
 
-  name, class_names = "numbered", ("",)
+  name, version, class_names = "numbered", "1", ("",)
 
-  def __init__(self, size):
-    self._size = size
+  def __init__(self, size, any_order=True):
+    self._size, self._any_order = size, any_order
 
   def num_examples(self, split):
     return self._size
 
-  def _read(self, split, share, shares):
+  def lookup(self, split):
     noise = tf.io.encode_png(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
+
+    def find(indices):
+      return {"image": tf.fill(tf.shape(indices), noise), "label": tf.cast(indices, tf.int32),
+              "name": tf.fill(tf.shape(indices), "")}  # fmt: skip
+
+    return find if self._any_order else None
+
+  def examples(self, split, share=0, shares=1):
+    lookup = Numbered(self._size).lookup(split)
     indices = tf.data.Dataset.range(*self._bounds(split, share, shares))
-    return indices.map(lambda index: {"image": noise, "label": tf.cast(index, tf.int32), "name": ""})
+    return indices.map(lambda index: (index, {key: value[0] for key, value in lookup(index[None]).items()}))
 
 
-def on_hosts(hosts, monkeypatch, make):
+def on_hosts(hosts, monkeypatch, batch_size, make):
+  """Yields what `make` returns on each of the hosts, from the rows that are its own."""
   monkeypatch.setattr(jax, "process_count", lambda: hosts)
   for host in range(hosts):
     monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-    yield make()
+    yield make(np.arange(batch_size).reshape(hosts, -1)[host])
   monkeypatch.undo()
+
+
+IN_ANY_ORDER = pytest.mark.parametrize("any_order", [True, False], ids=["permuted", "buffered"])
 
 
 def epoch_of_ra_sampler(size, replicas, batch_size, rng):
@@ -126,14 +140,19 @@ def epoch_of_ra_sampler(size, replicas, batch_size, rng):
   return [indices[r::replicas][:selected][: steps * batch_size].reshape(steps, batch_size) for r in range(replicas)]
 
 
+@IN_ANY_ORDER
 @pytest.mark.parametrize(
   ("size", "hosts", "batch_size"), [(1437, 1, 256), (1437, 2, 128), (1437, 3, 256), (1000, 4, 64), (256, 1, 256)]
 )
-def test_repeated_augmentation_counts_as_ra_sampler(size, hosts, batch_size, monkeypatch):
+def test_repeated_augmentation_counts_as_ra_sampler(size, hosts, batch_size, any_order, monkeypatch):
   rng, chosen = np.random.default_rng(0), []
-  steps = size // (hosts * batch_size)
-  options = dict(batch_size=batch_size, repeats=3)
-  ours = list(on_hosts(hosts, monkeypatch, lambda: train_batches(Numbered(size), 3 * steps, **options)))
+  whole = hosts * batch_size
+  steps = size // whole
+
+  def make(rows):
+    return train_batches(Numbered(size, any_order), 3 * steps, batch_size=whole, rows=rows, repeats=3)
+
+  ours = list(on_hosts(hosts, monkeypatch, whole, make))
   for epoch in range(3):
     theirs = epoch_of_ra_sampler(size, hosts, batch_size, rng)
     assert len(theirs[0]) == steps
@@ -153,10 +172,13 @@ def test_repeated_augmentation_counts_as_ra_sampler(size, hosts, batch_size, mon
     assert abs((first & second).mean() - share**2) < 3 * share * (1 - share) / np.sqrt(size)
 
 
-def test_epochs_of_repeated_augmentation_reach_all_images_alike():
+@IN_ANY_ORDER
+def test_epochs_of_repeated_augmentation_reach_all_images_alike(any_order):
   """Also with a buffer that does not hold the split."""
   size, epochs = 300, 60
-  batches = train_batches(Numbered(size), 3 * epochs, batch_size=96, repeats=3, shuffle_buffer=10, image_size=(2, 2))
+  batches = train_batches(
+    Numbered(size, any_order), 3 * epochs, batch_size=96, repeats=3, shuffle_buffer=10, image_size=(2, 2)
+  )
   counts = np.bincount(np.ravel([batch["label"] for batch in batches]), minlength=size)
   assert counts.sum() == epochs * 288
   drawn = counts / 3  # binomial, of 60 draws of a share of 0.32
@@ -165,20 +187,21 @@ def test_epochs_of_repeated_augmentation_reach_all_images_alike():
   assert abs(np.corrcoef(np.arange(size), drawn)[0, 1]) < 0.2
 
 
-@pytest.mark.parametrize(("batch_size", "hosts"), [(48, 1), (50, 2)])
-def test_repeated_augmentation_continues_exactly_from_any_step(batch_size, hosts, monkeypatch):
+@IN_ANY_ORDER
+@pytest.mark.parametrize(("batch_size", "hosts"), [(48, 1), (100, 2)])
+def test_repeated_augmentation_continues_exactly_from_any_step(batch_size, hosts, any_order, monkeypatch):
   options = dict(batch_size=batch_size, repeats=3, augment=PLAIN | dict(crop_scale=(0.1, 1)))
-  steps = 2 * (200 // (batch_size * hosts)) + 1  # the third epoch begins
+  steps = 2 * (200 // batch_size) + 1  # the third epoch begins
 
-  def check():
-    whole = train_batches(Numbered(200), steps, **options)
+  def check(rows):
+    whole = train_batches(Numbered(200, any_order), steps, rows=rows, **options)
     for first_step in range(1, steps):
-      late = train_batches(Numbered(200), steps - first_step, first_step=first_step, **options)
+      late = train_batches(Numbered(200, any_order), steps - first_step, first_step=first_step, rows=rows, **options)
       for a, b in zip(whole[first_step:], late, strict=True):
         np.testing.assert_array_equal(a["image"], b["image"])
         np.testing.assert_array_equal(a["label"], b["label"])
 
-  assert len(list(on_hosts(hosts, monkeypatch, check))) == hosts
+  assert len(list(on_hosts(hosts, monkeypatch, batch_size, check))) == hosts
 
 
 def test_repeated_augmentation_needs_a_batch_of_images():
@@ -186,31 +209,42 @@ def test_repeated_augmentation_needs_a_batch_of_images():
     train_batches(Numbered(1000), 1, batch_size=1024, repeats=3)
 
 
-def test_copies_lie_in_different_thirds_of_a_batch():
+@IN_ANY_ORDER
+def test_copies_lie_in_different_thirds_of_a_batch(any_order):
   """Each with its own augmentation, which the image and the epoch decide."""
   options = dict(batch_size=51, repeats=3, augment=PLAIN | dict(crop_scale=(0.3, 0.6)))
-  for batch in train_batches(Numbered(600), 12, **options):
+  for batch in train_batches(Numbered(600, any_order), 12, **options):
     labels = batch["label"].reshape(3, 17)
     assert (labels == labels[0]).all() and len(set(labels[0].tolist())) == 17
     thirds = batch["image"].reshape(3, 17, -1).astype(int)
     assert all(np.abs(thirds[i] - thirds[j]).mean() > 5 for i, j in ((0, 1), (1, 2), (0, 2)))
 
 
-def test_hosts_share_an_epoch(dataset, monkeypatch):
-  """Three hosts together see every image once, with the augmentation that it has for one host alone."""
-  monkeypatch.setattr(jax, "process_count", lambda: 3)
-  seen = []
-  for host in range(3):
-    monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-    (batch,) = train_batches(dataset, 1, batch_size=479, shift=0.2)
-    seen += [image.tobytes() for image in batch["image"]]
-  monkeypatch.undo()
-  (batch,) = train_batches(dataset, 1, batch_size=1437, shift=0.2)
-  assert sorted(seen) == sorted(image.tobytes() for image in batch["image"])
+@pytest.mark.parametrize("options", [{}, dict(repeats=3), dict(batch_size=1437)])
+@pytest.mark.parametrize("hosts", [2, 3, 4])
+def test_rows_of_a_step_are_the_same_on_any_hosts(hosts, options, dataset, monkeypatch):
+  """Also from the middle of an epoch on."""
+  options = dict(batch_size=1428, shift=0.2, first_step=1) | options
+  if options["batch_size"] % hosts:
+    return
+  parts = on_hosts(
+    hosts, monkeypatch, options["batch_size"], lambda rows: train_batches(dataset, 2, rows=rows, **options)
+  )
+  parts = list(parts)
+  for step, batch in enumerate(train_batches(dataset, 2, **options)):
+    for key in ("image", "label"):
+      np.testing.assert_array_equal(np.concatenate([part[step][key] for part in parts]), batch[key])
+
+
+def test_hosts_share_an_epoch_that_is_read_in_order(monkeypatch):
+  """Three hosts together see every image once."""
+  parts = on_hosts(3, monkeypatch, 600, lambda rows: train_batches(Numbered(600, False), 1, batch_size=600, rows=rows))
+  assert sorted(label for (batch,) in parts for label in batch["label"].tolist()) == [*range(600)]
 
 
 def test_memory_does_not_grow_over_epochs(dataset):
-  options = dict(batch_size=479, seed=0, first_step=0, shuffle_buffer=10_000, total_steps=75, image_size=(24, 24))
+  options = dict(batch_size=479, rows=range(479), seed=0, first_step=0, shuffle_buffer=10_000, total_steps=75,
+                 image_size=(24, 24))  # fmt: skip
   augmentation = input_pipeline.train_augmentation(
     PLAIN | dict(crop_scale=(0.1, 1.0), flip=0.5), (24, 24), (0.5, 0.5, 0.5), 0.0, 0.0
   )

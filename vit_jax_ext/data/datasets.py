@@ -2,19 +2,27 @@
 
 import abc
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 import os
 from typing import ClassVar
 
 from absl import logging
 from etils import epath
+import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from vit_jax_ext.config import is_folder
-from vit_jax_ext.data import digits, folders
+from vit_jax_ext.data import digits, folders, records
 from vit_jax_ext.errors import UserError
 
+Lookup = Callable[[tf.Tensor], dict[str, tf.Tensor]]  # indices, int64 (n,), to image, label and name
+
+GROUP = 32  # examples that are looked up, and decoded, together
+IN_ORDER = (
+  "its TFRecord files can be read in their order alone: it is shuffled in a buffer, each host's share for itself, and "
+  "resuming reads what was read before; python main.py prepare, with the same flags, makes files that mend both"
+)
 IMAGENET_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 SAMPLED = 64  # images that `sample` gives; of a folder it gives more:
 SAMPLED_OF_FOLDER, SAMPLED_PER_CLASS = 1000, 3  # in all, or where there are many classes of each
@@ -25,11 +33,13 @@ class Dataset(abc.ABC):
 
   Attributes:
     name: what the user calls it.
+    version: what tells it from another of this name; a run goes on with the same alone.
     class_names: names of the classes; labels are their indices.
     remarks: what is left out and why, and what differs between splits.
   """
 
   name: str
+  version: str
   class_names: Sequence[str]
   remarks: Sequence[str] = ()
 
@@ -42,17 +52,19 @@ class Dataset(abc.ABC):
     """
 
   @abc.abstractmethod
-  def _read(self, split: str, share: int, shares: int) -> tf.data.Dataset:
-    """Returns {"image", "label", "name"} of one share; see `examples`."""
+  def lookup(self, split: str) -> Lookup | None:
+    """Returns a function of indices, int64 (n,), to their examples; None if they can be read in their order alone.
+
+    An example is `image` encoded bytes; `label` int32, or bool (classes,) where several are valid (ImageNet-ReaL);
+    `name` that of the file, "" if the dataset does not keep it.
+    """
 
   def examples(self, split: str, share: int = 0, shares: int = 1) -> tf.data.Dataset:
-    """Returns (index in the split, example) of one of `shares` equal shares, in a fixed order.
+    """Returns (index in the split, example) of one of `shares` equal shares, in a fixed order; see `lookup`.
 
-    Shares hold each example once; the first ones are larger by one where the division leaves a rest. An example is
-    `image` encoded bytes; `label` int32, or bool (classes,) where several are valid (ImageNet-ReaL); `name` that of
-    the file, "" if the dataset does not keep it.
+    Shares hold each example once; the first ones are larger by one where the division leaves a rest.
     """
-    return self._read(split, share, shares).enumerate(self._bounds(split, share, shares)[0])
+    return self._at(split, tf.data.Dataset.range(*self._bounds(split, share, shares)))
 
   def describe(self, *splits: str) -> str:
     """Returns the number of classes, of the splits' images and, of a folder, of those of each class, least to most."""
@@ -61,7 +73,11 @@ class Dataset(abc.ABC):
 
   def sample(self, split: str) -> tf.data.Dataset:
     """Returns examples of a split by which one sees whether its images can be decoded; of a folder of every class."""
-    return self._read(split, 0, 1).take(SAMPLED)
+    return self.examples(split).map(lambda _, example: example).take(SAMPLED)
+
+  def _at(self, split: str, indices: tf.data.Dataset) -> tf.data.Dataset:
+    lookup = self.lookup(split)
+    return indices.batch(GROUP).map(lambda index: (index, lookup(index)), tf.data.AUTOTUNE).unbatch()
 
   def _per_class(self, split: str) -> str:
     return ""
@@ -81,7 +97,10 @@ class TfdsDataset(Dataset):
   """
 
   def __init__(self, name: str, builder: tfds.core.DatasetBuilder):
-    self.name, self._builder = name, builder
+    self.name, self._builder, self.version = name, builder, builder.info.full_name
+    self._any_order = records.are_there(builder)
+    if not self._any_order:
+      self.remarks = [IN_ORDER]
     features = dict(builder.info.features.items())
     self._label = "real_label" if "real_label" in features else "label"
     label = features.get(self._label)
@@ -102,7 +121,33 @@ class TfdsDataset(Dataset):
     except (KeyError, ValueError):
       raise _unknown_split(self.name, split, self._builder.info.splits) from None
 
-  def _read(self, split: str, share: int, shares: int) -> tf.data.Dataset:
+  def lookup(self, split: str) -> Lookup | None:
+    if not self._any_order:
+      return None
+    spec = {"image": tf.io.FixedLenFeature((), tf.string, "")}
+    if "file_name" in self._builder.info.features:
+      spec["file_name"] = tf.io.FixedLenFeature((), tf.string, "")
+    if self._label == "real_label":
+      spec["real_label"] = tf.io.VarLenFeature(tf.int64)
+    else:
+      spec["label"] = tf.io.FixedLenFeature((), tf.int64, 0)
+    find_records = records.lookup(self._builder, split, spec)
+
+    def find(indices):
+      found = find_records(indices)
+      label = found[self._label]
+      if self._label == "real_label":
+        label = tf.sparse.to_indicator(label, len(self.class_names))
+      else:
+        label = tf.cast(label, tf.int32)
+      name = tf.where(found["image"] == "", found["record"], found.get("file_name", ""))
+      return {"image": found["image"], "label": label, "name": name}
+
+    return find
+
+  def examples(self, split: str, share: int = 0, shares: int = 1) -> tf.data.Dataset:
+    if self._any_order:
+      return super().examples(split, share, shares)
     dataset = self._builder.as_dataset(
       split=tfds.even_splits(split, shares)[share],
       shuffle_files=False,
@@ -118,7 +163,7 @@ class TfdsDataset(Dataset):
         label = tf.cast(label, tf.int32)
       return {"image": example["image"], "label": label, "name": example.get("file_name", "")}
 
-    return dataset.map(select)
+    return dataset.map(select).enumerate(self._bounds(split, share, shares)[0])
 
 
 class FolderDataset(Dataset):
@@ -128,12 +173,12 @@ class FolderDataset(Dataset):
   share have "rest:10%:0" and "holdout:10%:0", drawn with the seed at the end.
   """
 
-  def __init__(self, name: str):
-    self.name = name
-    self._images, self.remarks = folders.scan(name)
-    self.remarks += folders.compare_splits(self._images)
+  def __init__(self, name: str, images: Sequence[folders.Image], remarks: Sequence[str]):
+    self.name, self._images = name, images
+    self.remarks = [*remarks, *folders.compare_splits(images)]
     self.class_names = sorted({image.label for image in self._images})
     self._labels = {class_name: i for i, class_name in enumerate(self.class_names)}
+    self.version = f"{len(self._images):,} images ({folders.fingerprint(self._images)})"
     self._splits: dict[str, list[folders.Image]] = {}
     for image in self._images:
       self._splits.setdefault(image.split, []).append(image)
@@ -156,28 +201,31 @@ class FolderDataset(Dataset):
   def num_examples(self, split: str) -> int:
     return len(self._select(split))
 
-  def _read(self, split: str, share: int, shares: int) -> tf.data.Dataset:
-    start, stop = self._bounds(split, share, shares)
-    return self._open(self._select(split)[start:stop])
+  def lookup(self, split: str) -> Lookup:
+    images = self._select(split)
+    paths = tf.constant([image.path for image in images], tf.string)
+    labels = tf.constant([self._labels[image.label] for image in images], tf.int32)
+
+    def find(indices):
+      names = tf.gather(paths, indices)
+      return {"image": tf.map_fn(tf.io.read_file, names), "label": tf.gather(labels, indices), "name": names}
+
+    return find
 
   def sample(self, split: str) -> tf.data.Dataset:
     per_class = max(SAMPLED_PER_CLASS, SAMPLED_OF_FOLDER // len(self.class_names))
     seen, chosen = collections.Counter(), []
-    for image in self._select(split):
+    for index, image in enumerate(self._select(split)):
       seen[image.label] += 1
       if seen[image.label] <= per_class:
-        chosen.append(image)
-    return self._open(chosen)
+        chosen.append(index)
+    chosen = tf.data.Dataset.from_tensor_slices(np.array(chosen, np.int64))
+    return self._at(split, chosen).map(lambda _, example: example)
 
   def _per_class(self, split: str) -> str:
     counts = collections.Counter(image.label for image in self._select(split)).most_common()
     (most, largest), (least, smallest) = counts[0], counts[-1]
     return f" ({smallest:,} of {least} to {largest:,} of {most})"
-
-  def _open(self, images: Sequence[folders.Image]) -> tf.data.Dataset:
-    paths, labels = [image.path for image in images], [self._labels[image.label] for image in images]
-    dataset = tf.data.Dataset.from_tensor_slices((tf.constant(paths, tf.string), tf.constant(labels, tf.int32)))
-    return dataset.map(lambda path, label: {"image": tf.io.read_file(path), "label": label, "name": path})
 
 
 class SyntheticDataset(Dataset):
@@ -186,7 +234,7 @@ class SyntheticDataset(Dataset):
   SIZES: ClassVar = {"train": 64, "validation": 16}
 
   def __init__(self):
-    self.name = "synthetic"
+    self.name = self.version = "synthetic"
     self.class_names = [f"class {i}" for i in range(1000)]
 
   def num_examples(self, split: str) -> int:
@@ -194,28 +242,35 @@ class SyntheticDataset(Dataset):
       raise _unknown_split(self.name, split, self.SIZES)
     return self.SIZES[split]
 
-  def _read(self, split: str, share: int, shares: int) -> tf.data.Dataset:
+  def lookup(self, split: str) -> Lookup:
     def make(index):
       seed = tf.stack([index, len(split)])
       clouds = tf.random.stateless_uniform((9, 12, 3), seed, -0.2, 1.2)
       size = tf.random.stateless_uniform((2,), seed, 330, 560, tf.int32)
       image = tf.image.convert_image_dtype(tf.image.resize(clouds, size, "bicubic"), tf.uint8, saturate=True)
-      return {"image": tf.io.encode_jpeg(image), "label": tf.cast(index * 37 % 1000, tf.int32), "name": ""}
+      return tf.io.encode_jpeg(image)
 
-    return tf.data.Dataset.range(*self._bounds(split, share, shares)).map(make)
+    def find(indices):
+      images = tf.map_fn(make, indices, fn_output_signature=tf.string)
+      return {"image": images, "label": tf.cast(indices * 37 % 1000, tf.int32), "name": tf.fill(tf.shape(indices), "")}
+
+    return find
 
 
 def _unknown_split(name: str, split: str, splits: Sequence[str]) -> UserError:
   return UserError(f"dataset {name!r} has no split {split!r}; it has {', '.join(sorted(splits))}")
 
 
-def open_dataset(name: str, data_dir: str | None) -> Dataset:
+def open_dataset(
+  name: str, data_dir: str | None, told: Callable[[Callable[[], bytes]], bytes] = lambda make: make()
+) -> Dataset:
   """Opens a dataset; prepares the embedded `digits` on first use.
 
   Args:
     name: a TFDS name, e.g. "digits" or "imagenet2012:5.1.0"; a folder, written with a slash, e.g. "./flowers"; or
       "synthetic".
     data_dir: where prepared TFDS datasets lie; None for TFDS's own default.
+    told: calls a function on one of several hosts, and returns what it returned on all; that one lists and prepares.
 
   Raises:
     UserError: an unknown or unprepared dataset, or one without images and class labels.
@@ -223,9 +278,30 @@ def open_dataset(name: str, data_dir: str | None) -> Dataset:
   if is_folder(name):
     if not os.path.isdir(os.path.expanduser(name)):
       raise UserError(f"dataset {name} does not exist; give a folder of images by class, or the name of a TFDS dataset")
-    return FolderDataset(name)
+    return FolderDataset(name, *folders.unpack(told(lambda: folders.pack(*folders.scan(name)))))
   if name == "synthetic":
     return SyntheticDataset()
+  told(lambda: _prepare(name, data_dir))
+  return TfdsDataset(name, tfds.builder(name, data_dir=data_dir))
+
+
+def convert(name: str, data_dir: str | None, folder: str | None) -> Iterator[tuple[int, int]]:
+  """Makes a dataset readable in any order, in place or in a new `folder`; yields bytes done and in all.
+
+  Raises:
+    UserError: it is none of TFDS, is unknown or unprepared, or there is too little disk.
+    RunError: a file is damaged.
+  """
+  if is_folder(name) or name == "synthetic":
+    raise UserError(f"dataset {name} needs no preparing: its images can be read in any order")
+  _prepare(name, data_dir)
+  builder = tfds.builder(name, data_dir=data_dir)
+  if folder or not records.are_there(builder):
+    yield from records.convert(builder, folder)
+
+
+def _prepare(name: str, data_dir: str | None) -> bytes:
+  """Prepares what can be prepared without being asked, and sees to it that a dataset is there; returns nothing."""
   try:
     builder = tfds.builder(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError:
@@ -237,6 +313,8 @@ def open_dataset(name: str, data_dir: str | None) -> Dataset:
     tfds.disable_progress_bar()  # half a second of work
     try:
       builder.download_and_prepare()
+      if not records.are_there(builder):
+        collections.deque(records.convert(builder, None), maxlen=0)
     except OSError as error:
       raise UserError(f"digits cannot be prepared in {builder.data_dir}: {error}; give a writable folder with "
                       "--config.dataset.data_dir") from None  # fmt: skip
@@ -247,7 +325,7 @@ def open_dataset(name: str, data_dir: str | None) -> Dataset:
       f"dataset {name!r} is not prepared in {builder.data_dir}; prepare it with `tfds build {name}`, or set "
       "--config.dataset.data_dir to the folder that holds it"
     )
-  return TfdsDataset(name, builder)
+  return b""
 
 
 def _prepare_imagenet(builder: tfds.core.DatasetBuilder) -> None:
@@ -265,4 +343,6 @@ def _prepare_imagenet(builder: tfds.core.DatasetBuilder) -> None:
       f"https://image-net.org/download-images into {manual} and start again, or set --config.dataset.data_dir"
     )
   logging.info("preparing imagenet2012 in %s from the archives in %s, which takes hours, once", root, manual)
+  if "://" not in os.fspath(root):  # array_record has no buckets
+    builder.info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD, override=True)
   builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual))

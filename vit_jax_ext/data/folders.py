@@ -4,8 +4,10 @@ import collections
 from collections.abc import Iterator, Sequence
 import dataclasses
 import hashlib
+import json
 import os
 import re
+import zlib
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.images import SUFFIXES
@@ -96,6 +98,24 @@ def _walk(folder: str, parts: tuple[str, ...], above: tuple[str, ...] = ()) -> I
 
 def _digest(name: str) -> bytes:
   return hashlib.sha256(name.encode()).digest()
+
+
+def pack(images: Sequence[Image], remarks: Sequence[str]) -> bytes:
+  """Returns what `scan` has found, for other hosts; see `unpack`."""
+  rows = [(image.path, image.split, image.label, image.digest.hex()) for image in images]
+  return zlib.compress(json.dumps([rows, remarks]).encode(), level=1)
+
+
+def unpack(packed: bytes) -> tuple[list[Image], list[str]]:
+  """Returns what `pack` was given."""
+  rows, remarks = json.loads(zlib.decompress(packed))
+  return [Image(path, split, label, bytes.fromhex(digest)) for path, split, label, digest in rows], remarks
+
+
+def fingerprint(images: Sequence[Image]) -> str:
+  """Returns eight letters that tell whether these are the same files of the same classes."""
+  digest = hashlib.sha256(b"".join(image.digest for image in images))
+  return digest.hexdigest()[:8]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,7 +1,6 @@
 """Dataset split -> batches of this host -> global arrays on the devices.
 
-Order and augmentation depend on (seed, epoch, index in the split) alone, so a run can start at any step: what earlier
-steps saw is skipped undecoded.
+Order and augmentation depend on (seed, epoch, index in the split) alone, so a run can start at any step, on any hosts.
 """
 
 import collections
@@ -14,9 +13,13 @@ import numpy as np
 import tensorflow as tf
 
 from vit_jax_ext.data import preprocess, randaugment
-from vit_jax_ext.data.datasets import Dataset
+from vit_jax_ext.data.datasets import GROUP, Dataset
+from vit_jax_ext.data.order import Order
 from vit_jax_ext.data.unreadable import Unreadable, map_or_flag, unreadable_dataset
 from vit_jax_ext.errors import UserError
+
+# Seeds, int64 (n, 2), indices in the split, int64 (n,), and what `Dataset.lookup` says of them.
+Examples = tuple[tf.Tensor, tf.Tensor, dict[str, tf.Tensor]]
 
 Batch = dict[str, Any]  # image (B, H, W, 3) uint8, label (B,) int32; in evaluation also mask (B,) bool
 
@@ -63,6 +66,7 @@ def train_batches(
   split: str,
   *,
   batch_size: int,
+  rows: Sequence[int],
   image_size: tuple[int, int],
   seed: int,
   first_step: int,
@@ -72,54 +76,110 @@ def train_batches(
   repeats: int = 1,
   max_unreadable: float = 0.0,
 ) -> Iterator[Batch]:
-  """Yields this host's batches of the steps after `first_step`.
+  """Yields this host's rows of the batches of the steps after `first_step`.
 
-  Epochs follow each other without a gap and hold every image once, unless augmentation is repeated: see `repeats`.
-  An image that cannot be decoded is logged, and the next readable one of the batch is taken twice.
+  What a row of a step holds depends on the seed alone, however many hosts there are and wherever the run was resumed:
+  see `order.Order`. A dataset that can be read in its order alone is shuffled in a buffer, each host's share alone.
+
+  An image that cannot be decoded is logged, and the one that follows it in the order is taken twice.
 
   Args:
     dataset: where the images are from.
     split: its training split.
-    batch_size: images per batch on this host.
+    batch_size: images per batch of all hosts.
+    rows: those of this host.
     image_size: (height, width) of the batches' images.
     seed: of order and augmentation.
     first_step: batches that an earlier run has used.
     total_steps: batches of the whole training. An endless dataset would keep working, and delay the end by seconds.
-    shuffle_buffer: examples among which the next one is drawn.
+    shuffle_buffer: examples among which the next one is drawn, where the dataset is read in its own order.
     augment: see `train_augmentation`.
-    repeats: repeated augmentation (Hoffer et al. 2020): how often each image comes, differently augmented. An epoch
-      then has as many whole batches as without, so it holds a share 1 / `repeats` of the images, drawn anew for each,
-      as DeiT's RASampler does it; the last one or two of them lack a copy if these do not fill the batches. The others
-      are read, not decoded. Copies are as far apart as a batch allows, so that hardly one is mixed with another.
+    repeats: see `order.Order`.
     max_unreadable: see `Unreadable`.
 
   Raises:
     UserError: the dataset cannot be read, or too many of its images; augmentation is repeated and a batch is larger
       than the split.
   """
+  order = Order(dataset.num_examples(split), batch_size, seed, repeats)
+  if not order.per_epoch:
+    raise UserError(
+      f"config.batch_size={batch_size} is more than the {order.size} images of {split}, whose epochs have whole "
+      f"batches with config.augment.repeats={repeats}; give a smaller batch, or 1 repeat"
+    )
+  lookup, rows = dataset.lookup(split), np.array(rows)
+
+  def find(numbers: tf.Tensor) -> Examples:
+    """Returns the examples that this host reads as its first, second, ... of the training."""
+
+    def order_of(numbers):
+      steps, places = np.divmod(numbers, len(rows))
+      return ordered(steps * batch_size + rows[places])
+
+    return examples_of(*tf.numpy_function(order_of, [numbers], (tf.int64, tf.int64), stateful=False))
+
+  def ordered(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    epochs, indices, copies = order(positions)
+    return np.stack([seed * 2**32 + epochs, indices * repeats + copies], axis=-1), indices
+
+  def examples_of(seeds: tf.Tensor, indices: tf.Tensor) -> Examples:
+    seeds, indices = tf.ensure_shape(seeds, (None, 2)), tf.ensure_shape(indices, (None,))
+    return seeds, indices, lookup(indices)
+
+  decode = _decode(augment, image_size)
+  if lookup:
+    numbers = tf.data.Dataset.range(first_step * len(rows), total_steps * len(rows))
+    groups = numbers.batch(GROUP).map(find, tf.data.AUTOTUNE)
+  else:
+    groups = _read_in_order(dataset, split, order, len(rows), first_step, shuffle_buffer).batch(GROUP)
+  batches = groups.map(decode, tf.data.AUTOTUNE).rebatch(len(rows), drop_remainder=True).take(total_steps - first_step)
+  unreadable = Unreadable(dataset, split, max_unreadable)
+
+  decode_now = tf.function(lambda *order: decode(*examples_of(*order)), autograph=False)
+
+  def following(position: int) -> Batch:
+    found = decode_now(*map(tf.constant, ordered(np.arange(position + 1, position + 1 + GROUP))))
+    return {key: value.numpy() for key, value in found.items()}
+
+  for step, batch in enumerate(unreadable.watch(batches), first_step):
+    if not batch["readable"].all():
+      batch = {key: np.array(value) for key, value in batch.items()}  # TensorFlow's own cannot be written
+    for row in np.flatnonzero(~batch["readable"]):
+      others = following(step * batch_size + rows[row]) if lookup else batch
+      readable = np.flatnonzero(others["readable"])
+      if not len(readable):
+        raise unreadable.too_many()
+      other = readable[0 if lookup else np.searchsorted(readable, row) % len(readable)]
+      for key in ("image", "label"):
+        batch[key][row] = others[key][other]
+    yield {key: batch[key] for key in ("image", "label")}
+
+
+def _read_in_order(
+  dataset: Dataset, split: str, order: Order, batch_size: int, first_step: int, shuffle_buffer: int
+) -> tf.data.Dataset:
+  """Returns (seed, index, example) of this host's share, `batch_size` for each step, shuffled in a buffer.
+
+  What earlier steps saw of the first epoch is read again, not decoded.
+  """
   host, hosts = jax.process_index(), jax.process_count()
   examples = dataset.examples(split, host, hosts)
   share = per_epoch = examples.cardinality().numpy()
+  repeats = order.repeats
   if repeats > 1:
-    in_split = dataset.num_examples(split)
-    per_epoch = in_split // (batch_size * hosts) * batch_size
-    if not per_epoch:
-      raise UserError(
-        f"config.batch_size={batch_size * hosts} is more than the {in_split} images of {split}, whose epochs have "
-        f"whole batches with config.augment.repeats={repeats}; give a smaller batch, or 1 repeat"
-      )
+    per_epoch = order.per_epoch // order.batch_size * batch_size
   first_epoch, used = divmod(first_step * batch_size, per_epoch)
 
   def epoch_examples(epoch):
-    epoch_seed = seed * 2**32 + epoch
-    order, size = examples, share
+    epoch_seed = order.seed * 2**32 + epoch
+    shuffled, size = examples, share
     if repeats > 1:
       # Drawn before the shuffling: its buffer may be smaller than the split, of which an epoch would be the beginning.
       size = -(-per_epoch // repeats)
       drawn = tf.random.experimental.stateless_shuffle(tf.range(share) < size, tf.stack([epoch_seed, -1 - host]))
-      order = tf.data.Dataset.zip(examples, tf.data.Dataset.from_tensor_slices(drawn))
-      order = order.filter(lambda _, is_drawn: is_drawn).map(lambda example, _: example)
-    order = order.shuffle(min(shuffle_buffer, size), seed=epoch_seed, reshuffle_each_iteration=False)
+      shuffled = tf.data.Dataset.zip(examples, tf.data.Dataset.from_tensor_slices(drawn))
+      shuffled = shuffled.filter(lambda _, is_drawn: is_drawn).map(lambda example, _: example)
+    shuffled = shuffled.shuffle(min(shuffle_buffer, size), seed=epoch_seed, reshuffle_each_iteration=False)
 
     def copies(indices, group):
       def copy(number):
@@ -129,17 +189,10 @@ def train_batches(
       return tf.data.Dataset.range(repeats).flat_map(copy)
 
     if repeats == 1:
-      return order.map(lambda index, example: (tf.stack([epoch_seed, index]), index, example))
-    return order.batch(max(1, batch_size // repeats)).flat_map(copies).take(per_epoch)
+      return shuffled.map(lambda index, example: (tf.stack([epoch_seed, index]), index, example))
+    return shuffled.batch(max(1, batch_size // repeats)).flat_map(copies).take(per_epoch)
 
-  epochs = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
-  batches = _decode(epochs.flat_map(epoch_examples).skip(used), augment, image_size, batch_size, drop_remainder=True)
-  batches = batches.take(total_steps - first_step)
-  unreadable = Unreadable(dataset, split, max_unreadable)
-  for batch in unreadable.watch(batches):
-    readable = np.flatnonzero(batch["readable"])
-    chosen = readable[np.searchsorted(readable, np.arange(batch_size)) % len(readable)]
-    yield {key: batch[key] if len(readable) == batch_size else batch[key][chosen] for key in ("image", "label")}
+  return tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max).flat_map(epoch_examples).skip(used)
 
 
 def eval_batches(
@@ -164,8 +217,8 @@ def eval_batches(
     return preprocess.resize_and_center_crop(encoded, image_size, crop)
 
   examples = dataset.examples(split, host, hosts)
-  examples = examples.map(lambda index, example: (tf.stack([0, index]), index, example))
-  decoded = _decode(examples, center, image_size, batch_size, drop_remainder=False)
+  groups = examples.map(lambda index, example: (tf.stack([0, index]), index, example)).batch(GROUP)
+  decoded = groups.map(_decode(center, image_size), tf.data.AUTOTUNE).rebatch(batch_size)
   batches = Unreadable(dataset, split, max_unreadable).watch(decoded)
   nothing = {
     key: np.zeros((0, *spec.shape[1:]), spec.dtype.as_numpy_dtype) for key, spec in decoded.element_spec.items()
@@ -178,26 +231,16 @@ def eval_batches(
     yield {key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) for key, value in batch.items()}
 
 
-def _decode(
-  examples: tf.data.Dataset,
-  augment: Augmentation,
-  image_size: tuple[int, int],
-  batch_size: int,
-  *,
-  drop_remainder: bool,
-) -> tf.data.Dataset:
-  """Turns (seed, index, example) into batches of image, label, name, index, readable; what is unreadable is black."""
+def _decode(augment: Augmentation, image_size: tuple[int, int]) -> Callable[..., dict[str, tf.Tensor]]:
+  """Returns a function of Examples to image, label, name, index and readable; what is not readable is black."""
+  augmented = map_or_flag(lambda example: augment(*example))
 
-  def split(seed, index, example):
-    return {"label": example["label"], "name": example["name"], "index": index}, (example["image"], seed)
+  def decode(seeds, indices, examples):
+    readable, images = augmented((examples["image"], seeds))
+    known = {"label": examples["label"], "name": examples["name"], "index": indices, "readable": readable}
+    return known | {"image": tf.ensure_shape(images, (None, *image_size, 3))}
 
-  def join(known, readable, image):
-    return known | {"readable": readable, "image": tf.ensure_shape(image, (None, *image_size, 3))}
-
-  batches = map_or_flag(
-    examples.map(split), lambda example: augment(*example), batch_size, drop_remainder=drop_remainder
-  )
-  return batches.map(join)
+  return decode
 
 
 def undecodable(dataset: Dataset, split: str) -> tuple[int, list[str]]:
@@ -207,13 +250,11 @@ def undecodable(dataset: Dataset, split: str) -> tuple[int, list[str]]:
     UserError: the dataset cannot be read.
   """
   tried, bad = 0, []
-  examples = dataset.sample(split).enumerate()
-  pairs = examples.map(lambda index, example: ((index, example["name"]), example["image"]))
-  batches = map_or_flag(
-    pairs, lambda image: preprocess.resize_and_center_crop(image, (8, 8), 1.0), 64, drop_remainder=False
-  )
+  examples = dataset.sample(split).enumerate().batch(GROUP)
+  decode = map_or_flag(lambda image: preprocess.resize_and_center_crop(image, (8, 8), 1.0))
+  batches = examples.map(lambda index, group: (index, group["name"], decode(group["image"])[0]), tf.data.AUTOTUNE)
   try:
-    for (indices, names), ok, _ in batches.as_numpy_iterator():
+    for indices, names, ok in batches.as_numpy_iterator():
       tried += len(ok)
       bad += [names[i].decode() or f"number {indices[i]} of {split}" for i in np.flatnonzero(~ok)]
   except tf.errors.OpError as error:
@@ -221,11 +262,27 @@ def undecodable(dataset: Dataset, split: str) -> tuple[int, list[str]]:
   return tried, bad
 
 
+def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
+  """Returns which rows of a batch of all hosts lie on this host's devices, int64, ascending."""
+  parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+  return np.unique(np.concatenate([np.arange(batch_size)[part] for part in parts]))
+
+
 def prefetch_to_devices(batches: Iterator[Batch], sharding: jax.sharding.Sharding, size: int = 2) -> Iterator[Batch]:
-  """Turns the hosts' batches into global arrays, `size` of them ahead of their use."""
-  batches = (
-    {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()} for batch in batches
-  )
+  """Turns the hosts' batches, see `local_rows`, into global arrays, `size` of them ahead of their use."""
+
+  def distribute(value: np.ndarray) -> jax.Array:
+    batch_size = len(value) * jax.process_count()
+    rows = local_rows(sharding, batch_size)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+      start, stop, _ = index[0].indices(batch_size)
+      first = np.searchsorted(rows, start)
+      return value[first : first + stop - start]
+
+    return jax.make_array_from_callback((batch_size, *value.shape[1:]), sharding, part)
+
+  batches = ({key: distribute(value) for key, value in batch.items()} for batch in batches)
   queue = collections.deque(itertools.islice(batches, size))
   while queue:
     yield queue.popleft()

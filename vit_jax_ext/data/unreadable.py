@@ -10,34 +10,26 @@ import tensorflow as tf
 from vit_jax_ext.data.datasets import Dataset
 from vit_jax_ext.errors import UserError
 
-# Errors are caught by a dataset of its own inside the map. One per image costs a fifth of the throughput.
-GROUP = 32
 
+def map_or_flag(fn: Callable[[Any], Any]) -> Callable[[Any], tuple[tf.Tensor, Any]]:
+  """Returns a function of examples, a nest of tensors (n, ...), to what `fn` makes of each, and where it did not fail.
 
-def map_or_flag(
-  dataset: tf.data.Dataset, fn: Callable[[Any], Any], batch_size: int, **batch_options
-) -> tf.data.Dataset:
-  """Maps and batches a dataset; what `fn` fails on is flagged and holds zeros, a black image.
-
-  Errors that come from `dataset` itself, such as a broken record file, are raised.
+  Errors are caught by a dataset inside it. One per image costs a fifth of the throughput, so n is to be some dozens.
 
   Args:
-    dataset: elements (key, example), such as an index and an encoded image; either may be a nest of tensors.
     fn: example -> nest of tensors of static shape.
-    batch_size: elements per batch.
-    batch_options: of tf.data.Dataset.rebatch, such as drop_remainder.
 
   Returns:
-    Batches (key, ok, result) in the dataset's order; ok is bool (batch_size,), False where `fn` failed.
+    examples -> (ok, results); ok is bool (n,), and the results (n, ...) hold zeros, a black image, where it is False.
   """
 
-  def map_group(keys, examples):
-    size = tf.shape(tf.nest.flatten(keys)[0], tf.int64)[0]
+  def map_group(examples):
+    size = tf.shape(tf.nest.flatten(examples)[0], tf.int64)[0]
 
     def map_one(i):
       return i, fn(tf.nest.map_structure(lambda x: x[i], examples))
 
-    results = tf.data.Dataset.range(size).map(map_one).ignore_errors().batch(GROUP)
+    results = tf.data.Dataset.range(size).map(map_one).ignore_errors().batch(size)
     nothing = tf.nest.map_structure(lambda x: tf.zeros([0, *x.shape[1:]], x.dtype), results.element_spec)
     found = results.concatenate(tf.data.Dataset.from_tensors(nothing)).take(1).get_single_element()
     index, result = found[0], found[1]
@@ -46,16 +38,18 @@ def map_or_flag(
       return tf.scatter_nd(index[:, None], x, tf.concat([size[None], tf.shape(x, tf.int64)[1:]], axis=0))
 
     ok = scatter(tf.ones_like(index)) > 0
-    return keys, ok, tf.cond(tf.reduce_all(ok), lambda: result, lambda: tf.nest.map_structure(scatter, result))
+    return ok, tf.cond(tf.reduce_all(ok), lambda: result, lambda: tf.nest.map_structure(scatter, result))
 
-  groups = dataset.batch(GROUP).map(map_group, num_parallel_calls=tf.data.AUTOTUNE)
-  return groups.rebatch(batch_size, **batch_options)
+  return map_group
 
 
 def unreadable_dataset(dataset: Dataset, error: tf.errors.OpError) -> UserError:
   """Returns what a user shall know of an error that is not one image's."""
   why = " ".join(error.message.split())[-240:]  # the cause comes last
   return UserError(f"dataset {dataset.name!r} cannot be read: {why}; check its files")
+
+
+AHEAD = 2  # batches; more of them, as tf.data would take, fill the memory and help nobody
 
 
 class Unreadable:
@@ -77,11 +71,9 @@ class Unreadable:
       UserError: too many images of them are unreadable, all of a batch, or the dataset itself is.
     """
     try:
-      for batch in batches.prefetch(tf.data.AUTOTUNE).as_numpy_iterator():
+      for batch in batches.prefetch(AHEAD).as_numpy_iterator():
         for i in np.flatnonzero(~batch["readable"]):
           self._note(batch["index"][i], batch["name"][i].decode())
-        if not batch["readable"].any():
-          raise self._too_many()
         yield batch
     except tf.errors.OpError as error:
       raise unreadable_dataset(self._dataset, error) from None
@@ -92,9 +84,10 @@ class Unreadable:
     self._names[index] = name or f"number {index} of {self._split}"
     logging.warning("image %s cannot be decoded; it is left out", self._names[index])
     if len(self._names) > self._share * self._dataset.num_examples(self._split):
-      raise self._too_many()
+      raise self.too_many()
 
-  def _too_many(self) -> UserError:
+  def too_many(self) -> UserError:
+    """Returns what ends the run."""
     names = list(self._names.values())
     rest = f" and {len(names) - 20} more" if len(names) > 20 else ""
     return UserError(

@@ -1,6 +1,6 @@
 """Several processes as one program: how they find each other, and what only one of them does."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import os
 import socket
@@ -181,6 +181,27 @@ def _let_others_read() -> None:
 def all_agree(yes: bool) -> bool:
   """Returns whether all processes say yes."""
   return bool(np.all(multihost_utils.process_allgather(np.array(yes))))
+
+
+def told_by_first(make: Callable[[], bytes]) -> bytes:
+  """Returns what `make` returns in process 0, where alone it is called: one process lists a file system, not thousands.
+
+  Raises:
+    UserError: `make` did, in all processes.
+  """
+  content, failed = b"", False
+  if not jax.process_index():
+    try:
+      content = make()
+    except UserError as error:
+      content, failed = str(error).encode(), True
+  if jax.process_count() > 1:
+    size, failed = multihost_utils.broadcast_one_to_all(np.array([len(content), failed], np.int32)).tolist()
+    content = np.frombuffer(content or bytes(size), np.uint8)
+    content = multihost_utils.broadcast_one_to_all(content).tobytes()
+  if failed:
+    raise UserError(content.decode())
+  return content
 
 
 @contextlib.contextmanager

@@ -100,8 +100,7 @@ def evaluate_weights(config: ml_collections.ConfigDict, workdir: str | None) -> 
     counted;
     eval/SCORE and, where there are averages, eval_ema/SCORE for the scores of `evaluate`.
   """
-  with distributed.first_process_first("dataset"):
-    dataset = open_dataset(config.dataset.name, config.dataset.data_dir)
+  dataset = open_dataset(config.dataset.name, config.dataset.data_dir, distributed.told_by_first)
   split = config.dataset.eval_split
   dataset.num_examples(split)  # refused now if there is no such split
   if workdir:

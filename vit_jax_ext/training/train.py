@@ -24,6 +24,7 @@ from vit_jax_ext.training import ahead, distributed, faults
 from vit_jax_ext.training.evaluate import SplitEvaluator
 from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.train_step import TrainState
+from vit_jax_ext.training.waiting import InputWait
 from vit_jax_ext.workdir import checkpoint, description, lock
 from vit_jax_ext.workdir.config import claim_workdir
 from vit_jax_ext.workdir.metrics import Means
@@ -80,8 +81,7 @@ def _train(
 ) -> dict[str, float]:
   # The dataset says how many classes there are and how long an epoch is; nothing is allocated yet.
   data = config.dataset
-  with distributed.first_process_first("dataset"):
-    dataset = open_dataset(data.name, data.data_dir)
+  dataset = open_dataset(data.name, data.data_dir, distributed.told_by_first)
   found = dataset.describe(data.train_split, data.eval_split)  # refused now if there are no such splits
   facts = len(dataset.class_names), dataset.num_examples(data.train_split)
   experiment = Experiment(config, *facts)
@@ -103,6 +103,7 @@ def _train(
     was = claim_workdir(workdir, config)
     if not jax.process_index():
       about = description.describe(config.model, len(dataset.class_names), dataset.class_names, data.crop)
+      about |= {"dataset": data.name, "dataset_version": dataset.version}
       description.claim(workdir, about, first_step)
   if first_step:
     like = checkpoint.abstract(jax.eval_shape(experiment.init), experiment.places)
@@ -150,7 +151,8 @@ def _train(
   batches = input_pipeline.train_batches(
     dataset,
     data.train_split,
-    batch_size=config.batch_size // jax.process_count(),
+    batch_size=config.batch_size,
+    rows=input_pipeline.local_rows(experiment.by_batch, config.batch_size),
     image_size=model.image_size,
     seed=config.seed,
     first_step=first_step,
@@ -163,7 +165,7 @@ def _train(
   batches = input_pipeline.prefetch_to_devices(batches, experiment.by_batch)
 
   results, saved_step, preemption = {}, first_step, faults.Preemption()
-  means = Means(checkpoint.read_sums(workdir, first_step))
+  means, waiting = Means(checkpoint.read_sums(workdir, first_step)), InputWait()
   finite = faults.FiniteWatch(experiment.schedule, skip=config.skip_nonfinite)
   with (
     checkpoint.open_checkpoints(workdir, keep_last=config.checkpoint.keep_last) as checkpoints,
@@ -179,12 +181,15 @@ def _train(
         checkpoint.add_metrics(checkpoints, first_step, results)
       for step, batch in enumerate(batches, first_step + 1):
         preemption.check()
+        waiting.came()
         state, measured = train_step(state, batch)
+        waiting.started(measured["loss"])
         finite.add(step, measured)
         means.add(measured)
         progress.step(step)
         if step == first_step + 1:
           jax.block_until_ready(measured)  # images/s shall not count the compilation
+          waiting.pause()
           clock_step, clock = step, time.monotonic()
 
         last = step == total_steps
@@ -200,6 +205,8 @@ def _train(
           if step > clock_step:
             seconds = (time.monotonic() - clock) / (step - clock_step)
             scalars["train/images_per_second"] = config.batch_size / seconds
+            scalars["train/input_wait"] = waiting.seconds() / (time.monotonic() - clock)
+            waiting.tell(scalars["train/input_wait"])
             left = {"seconds_left": (total_steps - step) * seconds}
           writer.write_scalars(step, scalars)
           progress.log(step, scalars | left)
@@ -213,6 +220,7 @@ def _train(
           checkpoint.save(checkpoints, step, state.checkpoint_items(), scores, means.count())
           saved_step = step
         if logged or evaluated:
+          waiting.pause()
           clock_step, clock = step, time.monotonic()
       results = results or evaluate_state()
     except Preempted:

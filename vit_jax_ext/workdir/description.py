@@ -119,7 +119,7 @@ def _of_config(workdir: str) -> dict[str, Any] | None:
 
 
 def claim(workdir: str, description: dict[str, Any], step: int) -> None:
-  """Writes the description of a new run, or checks that the run in `workdir` has the same classes; adds this start.
+  """Writes a new run's description, or checks that the run in `workdir` has the same images; adds this start.
 
   Raises:
     UserError: it has others, or the folder cannot be written.
@@ -127,6 +127,12 @@ def claim(workdir: str, description: dict[str, Any], step: int) -> None:
   saved = read(workdir)
   if saved:
     check_classes(saved, description["class_names"], "this run")
+    was, now = (each.get("dataset_version") for each in (saved, description))
+    if step and was and was != now:
+      raise UserError(
+        f"dataset {description['dataset']} is {now}, and the run in {workdir} was trained on {was}; restore that, or "
+        "train anew in another workdir"
+      )
   start = {"step": step} | made_by()
   starts = [*(saved.get("starts", []) if saved else []), start]
   write_json(workdir, FILE, description | {"starts": starts}, option="workdir")
