@@ -33,6 +33,7 @@ def base_config() -> ConfigDict:
   config.augment = ConfigDict()
   # On the host; see vit_jax_ext/data/input_pipeline.py.
   config.augment.crop_scale = ()
+  config.augment.dct_scaling = False
   config.augment.interpolation = "bicubic"
   config.augment.flip = 0.0
   config.augment.randaugment = ""

@@ -31,7 +31,9 @@ KEYS = {
   "dataset.data_dir": Key(Rule(str, optional=True), "of TFDS; None: ~/tensorflow_datasets"),
   "dataset.train_split": Key(TEXT, "such as train or train[:90%]"),
   "dataset.eval_split": Key(TEXT, "such as validation, test or train[90%:]"),
-  "dataset.shuffle_buffer": Key(integer(1), "examples among which the next one is drawn"),
+  "dataset.shuffle_buffer": Key(
+    integer(1), "examples among which the next one is drawn, where TFRecord files are read in their order"
+  ),
   "dataset.crop": Key(
     Rule(least=0.1, most=1, optional=True), "share of a side that evaluation sees; None: as published"
   ),
@@ -41,6 +43,7 @@ KEYS = {
   "augment.crop_scale": Key(
     Rule(above=0, most=1, nesting=1, length=2, empty=True), "of the area that a random crop has; (): whole images"
   ),
+  "augment.dct_scaling": Key(SWITCH, "scale crops of twice the model's size while they are decoded: faster, softer"),
   "augment.interpolation": Key(Rule(str, choices=("bicubic", "bilinear", "random")), "random: drawn for each image"),
   "augment.flip": Key(SHARE, "probability of mirroring"),
   "augment.randaugment": Key(Rule(str, empty=True), "timm's name, such as rand-m9-mstd0.5-inc1; empty: off"),

@@ -1,15 +1,17 @@
-"""How fast the host feeds the devices: our pipeline beside a bare tf.data map and beside Pillow, in one run.
+"""How fast the host feeds the devices: our pipeline beside tf.data, Pillow, torchvision v2, timm and grain, in one run.
 
-Run: python tests/benchmarks/input_pipeline.py
-Photographic JPEGs of about 110 KB, crops of the two photographs that scikit-learn carries, as TFDS records; all paths
-end at 224x224 pixels. The rounds of the paths alternate, so that a noisy machine is fair to all; medians are printed.
+Run: python tests/benchmarks/input_pipeline.py [500x400] [1600x1200]
+Photographic JPEGs, made of the two photographs that scikit-learn carries, as ArrayRecord; all paths end at 224x224
+pixels. The rounds of the paths alternate, so that a noisy machine is fair to all; medians are printed, of images/s and
+of the processors' time. What is not installed of torch, torchvision, timm and grain is left out.
 """
 
+import importlib.util
 import io
 import multiprocessing
 import os
 import random
-import statistics
+import sys
 import tempfile
 import time
 
@@ -18,6 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import jax
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
+import psutil
 import rich.console
 import rich.table
 import sklearn.datasets
@@ -29,15 +32,17 @@ RECIPE = dict(crop_scale=(0.08, 1.0), interpolation="bicubic", flip=0.5, randaug
 FILL = (124, 116, 104)
 
 
-def photographs() -> list[bytes]:
-  """Returns JPEGs of 375x500 pixels, about 110 KB on average."""
+def photographs(width: int, height: int) -> list[bytes]:
+  """Returns JPEGs, those of 500x400 pixels about 110 KB on average."""
   rng, result = np.random.default_rng(0), []
-  pictures = sklearn.datasets.load_sample_images().images
+  zoom = max(1, width / 500)
+  pictures = [Image.fromarray(picture) for picture in sklearn.datasets.load_sample_images().images]
+  pictures = [picture.resize([round(zoom * side) for side in picture.size], Image.BICUBIC) for picture in pictures]
   for i in range(IMAGES):
     picture = pictures[i % 2]
-    y, x = rng.integers(0, picture.shape[0] - 375), rng.integers(0, picture.shape[1] - 500)
+    x, y = rng.integers(0, picture.width - width), rng.integers(0, picture.height - height)
     buffer = io.BytesIO()
-    Image.fromarray(picture[y : y + 375, x : x + 500]).save(buffer, "JPEG", quality=97 if i % 2 == 0 else 98)
+    picture.crop((x, y, x + width, y + height)).save(buffer, "JPEG", quality=97 if zoom == 1 else 90)
     result.append(buffer.getvalue())
   return result
 
@@ -54,8 +59,9 @@ def prepare(folder: str, jpegs: list[bytes]):
   )
   examples = [(i, {"image": jpeg, "label": i % 2}) for i, jpeg in enumerate(jpegs)]
   builder = tfds.dataset_builders.store_as_tfds_dataset(
-    name="photographs", version="1.0.0", data_dir=folder, features=features, split_datasets={"train": examples}
-  )
+    name="photographs", version="1.0.0", data_dir=folder, features=features, split_datasets={"train": examples},
+    file_format="array_record",
+  )  # fmt: skip
   return datasets.TfdsDataset("photographs", builder)
 
 
@@ -88,9 +94,8 @@ def bare(dataset):
   yield from examples.map(load, tf.data.AUTOTUNE).batch(BATCH).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
 
 
-def pillow_image(jpeg: bytes) -> np.ndarray:
-  """The full recipe for one image, by Pillow: crop, flip, two random operations."""
-  image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+def pillow_crop(image: Image.Image) -> Image.Image:
+  """Crops, resizes and flips at random."""
   width, height = image.size
   area, aspect = random.uniform(0.08, 1) * width * height, np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
   w, h = min(width, round((area * aspect) ** 0.5)), min(height, round((area / aspect) ** 0.5))
@@ -98,6 +103,12 @@ def pillow_image(jpeg: bytes) -> np.ndarray:
   image = image.crop((x, y, x + w, y + h)).resize((SIZE, SIZE), Image.BICUBIC)
   if random.random() < 0.5:
     image = image.transpose(Image.FLIP_LEFT_RIGHT)
+  return image
+
+
+def pillow_image(jpeg: bytes) -> np.ndarray:
+  """The full recipe for one image, by Pillow: crop, flip, two random operations."""
+  image = pillow_crop(Image.open(io.BytesIO(jpeg)).convert("RGB"))
   for _ in range(2):
     if random.random() < 0.5:
       level = min(max(random.gauss(9, 0.5), 0), 10) / 10 * random.choice((1, -1))
@@ -135,16 +146,80 @@ def pillow(pool, jpegs: list[bytes]):
     yield np.stack([next(images) for _ in range(BATCH)])
 
 
-def rate(batches) -> float:
-  """Returns images/s of a pipeline that nothing else runs beside."""
+class Photographs:
+  """The images for PyTorch's DataLoader and grain, in endless turns."""
+
+  def __init__(self, jpegs: list[bytes], transform):
+    self._jpegs, self._transform = jpegs, transform
+
+  def __len__(self) -> int:
+    return BATCH * (WARM_UP + BATCHES)
+
+  def __getitem__(self, index) -> np.ndarray:
+    return np.array(self._transform(Image.open(io.BytesIO(self._jpegs[index % IMAGES])).convert("RGB")))
+
+
+def data_loader(dataset: Photographs, workers: int):
+  """Yields batches of PyTorch's DataLoader."""
+  import torch.utils.data
+
+  yield from torch.utils.data.DataLoader(
+    dataset, BATCH, num_workers=workers, prefetch_factor=4, multiprocessing_context="spawn"
+  )
+
+
+def with_grain(dataset: Photographs, workers: int):
+  """Yields batches of grain."""
+  from absl import flags
+  import grain
+
+  flags.FLAGS.mark_as_parsed()  # grain has some of its own
+  batches = grain.MapDataset.source(dataset).batch(BATCH).to_iter_dataset()
+  yield from batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+
+
+def torchvision_v2(jpegs: list[bytes], workers: int):
+  """Yields batches of torchvision's transforms on Pillow's images."""
+  from torchvision.transforms import v2
+
+  crop = v2.RandomResizedCrop(SIZE, interpolation=v2.InterpolationMode.BICUBIC)
+  return data_loader(Photographs(jpegs, v2.Compose([crop, v2.RandomHorizontalFlip()])), workers)
+
+
+def timm_recipe(jpegs: list[bytes], workers: int):
+  """Yields batches of the full recipe by timm, of one magnitude: at some others its posterize fails in Pillow 13."""
+  import timm.data
+
+  transform = timm.data.create_transform(
+    SIZE, is_training=True, auto_augment="rand-m9-inc1", color_jitter=None, interpolation="bicubic",
+    use_prefetcher=True,
+  )  # fmt: skip
+  return data_loader(Photographs(jpegs, transform), workers)
+
+
+def grain_crop(jpegs: list[bytes], workers: int):
+  """Yields batches of a random crop and flip by Pillow in grain."""
+  return with_grain(Photographs(jpegs, pillow_crop), workers)
+
+
+def processor_seconds() -> float:
+  """Returns what this process and those that it has started have used."""
+  this = psutil.Process()
+  times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
+  return sum(time.user + time.system for time in times)
+
+
+def rate(batches) -> tuple[float, float]:
+  """Returns images/s, and milliseconds of processors for each, of a pipeline that nothing else runs beside."""
+  batches = iter(batches)
   for _ in range(WARM_UP):
     next(batches)
-  start = time.perf_counter()
+  start, used = time.perf_counter(), processor_seconds()
   for _ in range(BATCHES):
     next(batches)
-  seconds = time.perf_counter() - start
+  seconds, used = time.perf_counter() - start, processor_seconds() - used
   batches.close()
-  return BATCHES * BATCH / seconds
+  return BATCHES * BATCH / seconds, 1000 * used / (BATCHES * BATCH)
 
 
 def idle_share(batches, step_seconds: float, images: int) -> float:
@@ -163,40 +238,48 @@ def idle_share(batches, step_seconds: float, images: int) -> float:
   return waited / (time.perf_counter() - begin)
 
 
-def main() -> None:
-  """Measures and prints the table."""
-  jpegs = photographs()
-  cores = os.cpu_count()
+def compare(width: int, height: int) -> None:
+  """Measures and prints the table of one size."""
+  jpegs, cores = photographs(width, height), os.cpu_count()
   with multiprocessing.get_context("spawn").Pool(cores) as pool, tempfile.TemporaryDirectory() as folder:
     dataset = prepare(folder, jpegs)
     crop_and_flip = RECIPE | dict(randaugment="")
     paths = {
-      "bare tf.data map: crop, resize": lambda: bare(dataset),
-      "ours: crop, resize, flip": lambda: ours(dataset, crop_and_flip),
-      "ours: full recipe": lambda: ours(dataset, RECIPE),
-      f"Pillow: full recipe, {cores} processes": lambda: pillow(pool, jpegs),
+      "bare tf.data map: crop, resize": (lambda: bare(dataset), ()),
+      "ours: crop, resize, flip": (lambda: ours(dataset, crop_and_flip), ()),
+      "ours, scaled while decoding": (lambda: ours(dataset, crop_and_flip | dict(dct_scaling=True)), ()),
+      f"torchvision v2, {cores} processes": (lambda: torchvision_v2(jpegs, cores), ("torch", "torchvision")),
+      f"Pillow in grain, {cores} processes": (lambda: grain_crop(jpegs, cores), ("grain",)),
+      "ours: full recipe": (lambda: ours(dataset, RECIPE), ()),
+      "ours, scaled: full recipe": (lambda: ours(dataset, RECIPE | dict(dct_scaling=True)), ()),
+      f"Pillow: full recipe, {cores} processes": (lambda: pillow(pool, jpegs), ()),
+      f"timm: full recipe, {cores} processes": (lambda: timm_recipe(jpegs, cores), ("torch", "torchvision", "timm")),
     }
+    paths = {name: path for name, (path, needed) in paths.items() if all(map(importlib.util.find_spec, needed))}
     rates = {name: [] for name in paths}
     for _ in range(ROUNDS):
       for name, path in paths.items():
         rates[name].append(rate(path()))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    step_images = int(0.05 * 0.6 * medians["ours: full recipe"])  # at 60% of what the host can do
+    medians = {name: np.median(values, axis=0) for name, values in rates.items()}
+    step_images = int(0.05 * 0.6 * medians["ours: full recipe"][0])  # at 60% of what the host can do
     idle = idle_share(ours(dataset, RECIPE), 0.05, max(step_images, 1))
 
-  base, ours_cropped, ours_full, theirs_full = medians.values()
   print(
-    f"JPEGs of {np.mean([len(jpeg) for jpeg in jpegs]) / 1e3:.0f} KB, {cores} cores, {ROUNDS} rounds of "
-    f"{BATCHES * BATCH} images"
+    f"JPEGs of {width}x{height} pixels, {np.mean([len(jpeg) for jpeg in jpegs]) / 1e3:.0f} KB, {cores} cores, {ROUNDS} "
+    f"rounds of {BATCHES * BATCH} images"
   )
-  table = rich.table.Table("path", "images/s (median)", "lowest to highest", "ratio")
-  ratios = ["", f"{ours_cropped / base:.2f} of the bare map", f"{ours_full / theirs_full:.2f} of Pillow", ""]
-  for (name, values), ratio in zip(rates.items(), ratios, strict=True):
-    table.add_row(name, f"{medians[name]:.0f}", f"{min(values):.0f} to {max(values):.0f}", ratio)
-  rich.console.Console(width=110).print(table)
+  table = rich.table.Table("path", "images/s (median)", "lowest to highest", "processor ms", "ours in images/s")
+  for name, values in rates.items():
+    ours_here = medians["ours: full recipe" if "full recipe" in name else "ours: crop, resize, flip"][0]
+    lowest, highest = np.min(values, axis=0)[0], np.max(values, axis=0)[0]
+    images, milliseconds = medians[name]
+    ratio = f"{ours_here / images:.2f} times"
+    table.add_row(name, f"{images:.0f}", f"{lowest:.0f} to {highest:.0f}", f"{milliseconds:.2f}", ratio)
+  rich.console.Console(width=120).print(table)
   print(f"a step of 50 ms with {step_images} images waits {idle:.1%} of the time")
 
 
 if __name__ == "__main__":
   jax.config.update("jax_platforms", "cpu")
-  main()
+  for size in sys.argv[1:] or ("500x400", "1600x1200"):
+    compare(*map(int, size.split("x")))

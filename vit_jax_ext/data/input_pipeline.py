@@ -33,7 +33,7 @@ def train_augmentation(
   """Returns the host's part of the augmentation: geometry and photometry, on uint8; the rest is `mixup.augment`'s.
 
   Args:
-    augment: of the config: crop_scale, interpolation, flip, randaugment, color_jitter.
+    augment: of the config: crop_scale, dct_scaling, interpolation, flip, randaugment, color_jitter.
     image_size: (height, width) of its results.
     mean: colour of what comes in from outside, in [0, 1].
     shift, scale: see `preprocess.random_shift_and_scale`.
@@ -44,7 +44,12 @@ def train_augmentation(
   def apply(encoded, seed):
     if augment["crop_scale"]:
       image = preprocess.random_resized_crop(
-        encoded, image_size, seed, scale=augment["crop_scale"], interpolation=augment["interpolation"]
+        encoded,
+        image_size,
+        seed,
+        scale=augment["crop_scale"],
+        interpolation=augment["interpolation"],
+        dct_scaling=augment.get("dct_scaling", False),
       )
     else:
       image = preprocess.resize_and_center_crop(encoded, image_size, crop=1.0)

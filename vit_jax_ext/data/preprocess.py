@@ -49,38 +49,49 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
   return image
 
 
-def _open(encoded):
-  """Returns an image's (height, width) and its pixels, none for a JPEG that can be decoded in part."""
+def _decode_part(encoded, choose, shortest=None):
+  """Decodes no more than a part of an image.
 
-  def decode_all():
+  Args:
+    encoded: what `decode` takes.
+    choose: (height, width) of the image, int32 (2,), to (top, left, height, width) of the part.
+    shortest: (height, width) that the part may be scaled down to while a JPEG is decoded, by 2, 4 or 8; None: as it is.
+
+  Returns:
+    The part, uint8, and what `choose` was given and has returned.
+  """
+
+  def part_of_jpeg():
+    shape = tf.io.extract_jpeg_shape(encoded)[:2]
+    box = choose(shape)
+    if shortest is None:
+      return _decode_box(encoded, shape, box, 1), shape, box
+    fits = [tf.reduce_all(box[2:] >= ratio * tf.constant(shortest)) for ratio in (2, 4, 8)]
+    ratios = [functools.partial(_decode_box, encoded, shape, box, ratio) for ratio in (1, 2, 4, 8)]
+    return tf.switch_case(tf.reduce_sum(tf.cast(fits, tf.int32)), ratios), shape, box
+
+  def part_of_all():
     image = decode(encoded)
-    return tf.shape(image), image
+    shape = tf.shape(image)[:2]
+    box = choose(shape)
+    return tf.slice(image, tf.pad(box[:2], [[0, 1]]), tf.pad(box[2:], [[0, 1]], constant_values=3)), shape, box
 
-  # A truncated JPEG would pass where the part ends above the cut.
-  complete_jpeg = tf.cond(
-    tf.io.is_jpeg(encoded), lambda: tf.strings.substr(encoded, -2, 2) == b"\xff\xd9", lambda: tf.constant(False)
-  )
-  shape, image = tf.cond(
-    complete_jpeg, lambda: (tf.io.extract_jpeg_shape(encoded), tf.zeros((0, 0, 3), tf.uint8)), decode_all
-  )
-  shape.set_shape((3,))
-  return shape[:2], image
-
-
-def _decode_box(encoded, shape, image, box):
-  """Returns the part (top, left, height, width) of an image, uint8; the others are from `_open`."""
-  top, left, height, width = tf.unstack(box)
-
-  def decode_part_of_jpeg():
-    # One more column to each side: at the ends of what is decoded colours lack a neighbour to interpolate with.
-    start = tf.maximum(left - 1, 0)
-    stop = tf.minimum(left + width + 1, shape[1])
-    part = tf.io.decode_and_crop_jpeg(encoded, tf.stack([top, start, height, stop - start]), **_decode_options)
-    return part[:, left - start : left - start + width]
-
-  image = tf.cond(tf.size(image) > 0, lambda: tf.slice(image, [top, left, 0], [height, width, 3]), decode_part_of_jpeg)
+  # A truncated JPEG would pass where the part ends above the cut. One branch, for several cost as much as decoding.
+  complete_jpeg = tf.io.is_jpeg(encoded) & (tf.strings.substr(encoded, -2, 2) == b"\xff\xd9")
+  image, shape, box = tf.cond(complete_jpeg, part_of_jpeg, part_of_all)
   image.set_shape((None, None, 3))
-  return image
+  shape.set_shape((2,))
+  return image, shape, box
+
+
+def _decode_box(encoded, shape, box, ratio):
+  """Decodes a part of a JPEG, a `ratio`-th of its size; its edges are then rounded down to multiples of that."""
+  top, left, height, width = tf.unstack(box // ratio)
+  # One more column to each side: at the ends of what is decoded colours lack a neighbour to interpolate with.
+  start = tf.maximum(left - 1, 0)
+  stop = tf.minimum(left + width + 1, -(-shape[1] // ratio))
+  window = tf.stack([top, start, height, stop - start])
+  return tf.io.decode_and_crop_jpeg(encoded, window, ratio=ratio, **_decode_options)[:, left - start :][:, :width]
 
 
 def random_resized_crop(
@@ -90,6 +101,7 @@ def random_resized_crop(
   scale: tuple[float, float] = (0.08, 1.0),
   ratio: tuple[float, float] = (3 / 4, 4 / 3),
   interpolation: str = "bicubic",
+  dct_scaling: bool = False,
 ) -> tf.Tensor:
   """Decodes a random part of an image and resizes it (Szegedy et al. 2015, arXiv 1409.4842, section 6).
 
@@ -99,10 +111,13 @@ def random_resized_crop(
     seed: int64 (2,).
     scale, ratio: see `random_box`.
     interpolation: see `resize`; "random" is one of both.
+    dct_scaling: a part of a JPEG of twice the size or more is scaled down by 2, 4 or 8 while it is decoded, which is
+      faster and averages where `resize` would have interpolated.
   """
   draws = uniform(seed, Stream.CROP, (4, 11))
-  shape, image = _open(encoded)
-  image = _decode_box(encoded, shape, image, random_box(shape, draws, scale, ratio))
+  image, _, _ = _decode_part(
+    encoded, lambda shape: random_box(shape, draws, scale, ratio), size if dct_scaling else None
+  )
   if interpolation != "random":
     return resize(image, size, interpolation)
   return tf.cond(draws[0, 10] < 0.5, lambda: resize(image, size, "bilinear"), lambda: resize(image, size, "bicubic"))
@@ -151,18 +166,26 @@ def resize_and_center_crop(encoded: tf.Tensor, size: tuple[int, int], crop: floa
 
   Rounds the sizes as timm does, by way of torchvision's Resize and CenterCrop.
   """
-  shape, image = _open(encoded)
-  whole = tf.constant([math.floor(side / crop) for side in size])
-  fitting = tf.argmax(whole / shape)
-  resized = whole[fitting] * shape // shape[fitting]
-  offset = tf.cast(tf.round((resized - size) / 2), tf.int32)
-  # What the crop is made of: its pixels reach two pixels of the smaller image to each side.
-  reach = 2 * (shape // resized + 1) + 1
-  begin = tf.maximum(offset * shape // resized - reach, 0)
-  end = tf.minimum((offset + size) * shape // resized + reach, shape)
-  image = _decode_box(encoded, shape, image, tf.concat([begin, end - begin], axis=0))
-  scale = resized / shape
-  return _resize(image, scale, tf.cast(offset, tf.float64) - tf.cast(begin, tf.float64) * scale, size, "bicubic")
+
+  def resized(shape):
+    whole = tf.constant([math.floor(side / crop) for side in size])
+    fitting = tf.argmax(whole / shape)
+    return whole[fitting] * shape // shape[fitting]
+
+  def offset(shape):
+    return tf.cast(tf.round((resized(shape) - size) / 2), tf.int32)
+
+  def made_of(shape):
+    # What the crop is made of: its pixels reach two pixels of the smaller image to each side.
+    reach = 2 * (shape // resized(shape) + 1) + 1
+    begin = tf.maximum(offset(shape) * shape // resized(shape) - reach, 0)
+    end = tf.minimum((offset(shape) + size) * shape // resized(shape) + reach, shape)
+    return tf.concat([begin, end - begin], axis=0)
+
+  image, shape, box = _decode_part(encoded, made_of)
+  scale = resized(shape) / shape
+  start = tf.cast(offset(shape), tf.float64) - tf.cast(box[:2], tf.float64) * scale
+  return _resize(image, scale, start, size, "bicubic")
 
 
 def _resize(image, scale, start, size, interpolation):
