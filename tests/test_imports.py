@@ -26,7 +26,8 @@ training.train  training.predict  export
 training.evaluate  training.ahead
 training.weights
 training.experiment
-training.train_step  training.mixup  training.faults  training.partition  training.distributed  training.accelerators
+training.train_step  training.mixup  training.faults  training.waiting  training.accelerators
+training.partition  training.distributed
 training.losses  training.sharding
 training.optimizer
 pretrained

@@ -26,7 +26,7 @@ import rich.table
 import sklearn.datasets
 
 IMAGES, BATCH, SIZE = 256, 32, 224
-ROUNDS, WARM_UP, BATCHES = 5, 10, 20  # what was prefetched in warming up is little of what is measured
+ROUNDS, WARM_UP, BATCHES = 3, 10, 20  # what was prefetched in warming up is little of what is measured
 RECIPE = dict(crop_scale=(0.08, 1.0), interpolation="bicubic", flip=0.5, randaugment="rand-m9-mstd0.5-inc1",
               color_jitter=0.0)  # fmt: skip
 FILL = (124, 116, 104)
@@ -174,7 +174,8 @@ def with_grain(dataset: Photographs, workers: int):
   import grain
 
   flags.FLAGS.mark_as_parsed()  # grain has some of its own
-  batches = grain.MapDataset.source(dataset).batch(BATCH).to_iter_dataset()
+  ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+  batches = grain.MapDataset.source(dataset).repeat().batch(BATCH).to_iter_dataset(ahead)
   yield from batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
 
 

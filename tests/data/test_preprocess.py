@@ -202,6 +202,20 @@ def test_random_resized_crop_equals_pillow(kind, interpolation):
     assert_pillows(crop(ODD[kind], index, interpolation=interpolation), resized(cut, (48, 56), interpolation))
 
 
+@pytest.mark.parametrize("side", [500, 1100, 2300])
+def test_scaled_while_decoding_is_nearly_the_same(side):
+  """Of crops that are 2, 4 and 8 times as large as what is made of them; others are the very same."""
+  encoded, levels = encode(CHINA.resize((side, side * 2 // 3), PIL.Image.BICUBIC), quality=90), []
+  for index in range(8):
+    plain, scaled = (crop(encoded, index, scale=(0.6, 1.0), dct_scaling=on) for on in (False, True))
+    levels.append(difference(plain, scaled).mean())
+    small = crop(encoded, index, (700, 800), scale=(0.1, 0.3)), crop(encoded, index, (700, 800), dct_scaling=True,
+                                                                     scale=(0.1, 0.3))  # fmt: skip
+    np.testing.assert_array_equal(*small)
+  print(f"{side} pixels: {np.mean(levels):.2f} levels on average")
+  assert 0 < np.mean(levels) < 2
+
+
 @pytest.mark.parametrize("size", [(1, 300), (300, 1), (1, 1), (2, 3)])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_tiny_images(size, kind):

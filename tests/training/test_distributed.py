@@ -12,11 +12,13 @@ import time
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 
 from configs import digits
 import main
 from tests.training.five_steps import five_steps, relative
+from tests.training.test_train import weights
 import vit_jax_ext as vx
 from vit_jax_ext import config as configs
 from vit_jax_ext.console import Progress
@@ -224,6 +226,68 @@ def test_one_process_is_preempted(coordinator, tmp_path, data_dir):
 
   with pytest.raises(Preempted, match=f"step {step + 3} "):
     train(read_workdir_config(str(tmp_path)), str(tmp_path), Terminated)
+
+
+def test_a_run_of_two_processes_goes_on_in_one(coordinator, tmp_path, data_dir):
+  """Killed in the middle of an epoch, with repeated augmentation; its weights are those of one process alone."""
+  options = [f"--config.dataset.data_dir={data_dir}", *TINY, "--config.augment.repeats=3", "--config.batch_size=128",
+             "--config.total_steps=14", "--config.eval_every_steps=14"]  # fmt: skip
+  killed, whole = tmp_path / "killed", tmp_path / "whole"
+
+  def command(coordinator, processes, i):
+    together = [f"--coordinator={coordinator}", f"--num-processes={processes}", f"--process-id={i}"]
+    return ["main.py", "train", *(together if processes > 1 else []), f"--workdir={killed if processes > 1 else whole}",
+            *options]  # fmt: skip
+
+  def kill_both(running):
+    deadline = time.monotonic() + 240
+    while not (latest_step(str(killed)) or 0) >= 6:
+      assert time.monotonic() < deadline
+      time.sleep(0.05)
+    for process in running:
+      process.kill()
+
+  start(2, 2, coordinator, command, meanwhile=kill_both, status=-9)
+  step = latest_step(str(killed))
+  assert 6 <= step < 14
+  start(1, 4, None, lambda *_: ["main.py", "train", f"--workdir={killed}", *options])
+  start(1, 4, None, command)
+  config = read_workdir_config(str(whole))
+  ours, alone = (weights(config, folder, ema=False) for folder in (killed, whole))
+  assert relative(alone, ours) < 1e-6
+
+
+def test_one_host_lists_a_folder_for_all(coordinator, tmp_path):
+  """What the others have is what it has found, and its mistakes are theirs."""
+  (tmp_path / "pets" / "cat").mkdir(parents=True)
+  code = """
+import sys
+from vit_jax_ext.training import distributed
+coordinator, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+distributed.join(coordinator, 2, process)
+from vit_jax_ext.data import folders
+from vit_jax_ext.errors import UserError
+if process:
+  folders.scan = None
+from vit_jax_ext.data.datasets import open_dataset
+try:
+  dataset = open_dataset(folder, None, distributed.told_by_first)
+  print("found", dataset.class_names, dataset.num_examples("train"), dataset.version, dataset.remarks)
+except UserError as error:
+  print("found", error)
+"""
+
+  def told():
+    outputs = start(2, 1, coordinator, lambda at, _, i: ["-c", code, at, str(i), str(tmp_path / "pets")])
+    first, second = ([line for line in output.splitlines() if line.startswith("found")] for output in outputs)
+    assert first == second and len(first) == 1
+    return first[0]
+
+  assert "is neither CLASS/image.jpg nor" in told()
+  for i in range(3):
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "pets" / "cat" / f"{i}.png")
+  (tmp_path / "pets" / "cat" / "notes.txt").write_text("no image")
+  assert "['cat'] 3 3 images (" in told()
 
 
 @pytest.mark.slow

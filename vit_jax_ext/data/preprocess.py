@@ -58,40 +58,44 @@ def _decode_part(encoded, choose, shortest=None):
     shortest: (height, width) that the part may be scaled down to while a JPEG is decoded, by 2, 4 or 8; None: as it is.
 
   Returns:
-    The part, uint8, and what `choose` was given and has returned.
+    An image, uint8, that holds the part; (top, left, height, width) of the part in it, float64; and what `choose` was
+    given and has returned.
   """
 
   def part_of_jpeg():
     shape = tf.io.extract_jpeg_shape(encoded)[:2]
     box = choose(shape)
     if shortest is None:
-      return _decode_box(encoded, shape, box, 1), shape, box
+      return *_decode_box(encoded, shape, box, 1), shape, box
     fits = [tf.reduce_all(box[2:] >= ratio * tf.constant(shortest)) for ratio in (2, 4, 8)]
     ratios = [functools.partial(_decode_box, encoded, shape, box, ratio) for ratio in (1, 2, 4, 8)]
-    return tf.switch_case(tf.reduce_sum(tf.cast(fits, tf.int32)), ratios), shape, box
+    return *tf.switch_case(tf.reduce_sum(tf.cast(fits, tf.int32)), ratios), shape, box
 
   def part_of_all():
     image = decode(encoded)
     shape = tf.shape(image)[:2]
     box = choose(shape)
-    return tf.slice(image, tf.pad(box[:2], [[0, 1]]), tf.pad(box[2:], [[0, 1]], constant_values=3)), shape, box
+    image = tf.slice(image, tf.pad(box[:2], [[0, 1]]), tf.pad(box[2:], [[0, 1]], constant_values=3))
+    return image, tf.cast(tf.concat([(0, 0), box[2:]], axis=0), tf.float64), shape, box
 
   # A truncated JPEG would pass where the part ends above the cut. One branch, for several cost as much as decoding.
   complete_jpeg = tf.io.is_jpeg(encoded) & (tf.strings.substr(encoded, -2, 2) == b"\xff\xd9")
-  image, shape, box = tf.cond(complete_jpeg, part_of_jpeg, part_of_all)
+  image, part, shape, box = tf.cond(complete_jpeg, part_of_jpeg, part_of_all)
   image.set_shape((None, None, 3))
   shape.set_shape((2,))
-  return image, shape, box
+  return image, part, shape, box
 
 
 def _decode_box(encoded, shape, box, ratio):
-  """Decodes a part of a JPEG, a `ratio`-th of its size; its edges are then rounded down to multiples of that."""
-  top, left, height, width = tf.unstack(box // ratio)
+  """Decodes a part of a JPEG, a `ratio`-th of its size; returns the pixels that it touches, and its place in them."""
+  begin, end = box[:2] // ratio, -(-(box[:2] + box[2:]) // ratio)
+  top, left, height, width = tf.unstack(tf.concat([begin, end - begin], axis=0))
   # One more column to each side: at the ends of what is decoded colours lack a neighbour to interpolate with.
   start = tf.maximum(left - 1, 0)
   stop = tf.minimum(left + width + 1, -(-shape[1] // ratio))
   window = tf.stack([top, start, height, stop - start])
-  return tf.io.decode_and_crop_jpeg(encoded, window, ratio=ratio, **_decode_options)[:, left - start :][:, :width]
+  image = tf.io.decode_and_crop_jpeg(encoded, window, ratio=ratio, **_decode_options)[:, left - start :][:, :width]
+  return image, box / ratio - tf.cast(tf.pad(begin, [[0, 2]]), tf.float64)
 
 
 def random_resized_crop(
@@ -115,12 +119,14 @@ def random_resized_crop(
       faster and averages where `resize` would have interpolated.
   """
   draws = uniform(seed, Stream.CROP, (4, 11))
-  image, _, _ = _decode_part(
+  image, part, _, _ = _decode_part(
     encoded, lambda shape: random_box(shape, draws, scale, ratio), size if dct_scaling else None
   )
+  factor = size / part[2:]
+  resized = functools.partial(_resize, image, factor, part[:2] * factor, size)
   if interpolation != "random":
-    return resize(image, size, interpolation)
-  return tf.cond(draws[0, 10] < 0.5, lambda: resize(image, size, "bilinear"), lambda: resize(image, size, "bicubic"))
+    return resized(interpolation)
+  return tf.cond(draws[0, 10] < 0.5, lambda: resized("bilinear"), lambda: resized("bicubic"))
 
 
 @tf.function(autograph=False, jit_compile=True)
@@ -182,7 +188,7 @@ def resize_and_center_crop(encoded: tf.Tensor, size: tuple[int, int], crop: floa
     end = tf.minimum((offset(shape) + size) * shape // resized(shape) + reach, shape)
     return tf.concat([begin, end - begin], axis=0)
 
-  image, shape, box = _decode_part(encoded, made_of)
+  image, _, shape, box = _decode_part(encoded, made_of)
   scale = resized(shape) / shape
   start = tf.cast(offset(shape), tf.float64) - tf.cast(box[:2], tf.float64) * scale
   return _resize(image, scale, start, size, "bicubic")
