@@ -205,8 +205,8 @@ def _train(
           if step > clock_step:
             seconds = (time.monotonic() - clock) / (step - clock_step)
             scalars["train/images_per_second"] = config.batch_size / seconds
-            scalars["train/input_wait"] = waiting.seconds() / (time.monotonic() - clock)
-            waiting.tell(scalars["train/input_wait"])
+            scalars["train/input_wait_per_second"] = waiting.seconds() / (time.monotonic() - clock)
+            waiting.tell(scalars["train/input_wait_per_second"])
             left = {"seconds_left": (total_steps - step) * seconds}
           writer.write_scalars(step, scalars)
           progress.log(step, scalars | left)
