@@ -20,6 +20,7 @@ setup(
     "clu>=0.0.12,<0.1",
     "etils[epath]>=1.15,<2",
     "flax>=0.12.8,<0.13",
+    "huggingface_hub>=2.4,<3",
     "humanize>=4.17,<5",
     "importlib_resources>=7.1",  # tensorflow-datasets imports it without saying so
     f"jax{JAX}",

@@ -45,7 +45,7 @@ models.fused_windows  models.fused_reattention  models.fused_clustering  models.
 models.fused_attention
 models.kernels
 compilation_cache
-config  console  files  images
+config  console  files  images  hub
 config_keys
 rules
 errors

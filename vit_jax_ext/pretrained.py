@@ -73,8 +73,9 @@ def load_pretrained(model: nnx.Module, source: Source, *, keep_classifier: bool 
   Args:
     model: any model of `create_model`, or one without arrays of `nnx.eval_shape`.
     source: a file (.pth, .pt, .pth.tar, .safetensors, Google's .npz; also https://...), a run's workdir or one of its
-      checkpoints, either also in a bucket (gs://...); a mapping, the authors' state dict; or True for what was
-      published for this variant, downloaded once. A file does not tell the shape of its grid of patches: where their
+      checkpoints, either also in a bucket (gs://...); hf://OWNER/NAME[@REVISION][/FILE] on the Hugging Face Hub, or a
+      folder of such a repository; a mapping, the authors' state dict; or True for what was published for this variant,
+      downloaded once. A file does not tell the shape of its grid of patches: where their
       number differs from the model's it is taken to be square.
     keep_classifier: refuse weights for another number of classes.
 

@@ -22,6 +22,7 @@ from etils import epath
 import numpy as np
 import safetensors.numpy
 
+from vit_jax_ext import hub
 from vit_jax_ext.console import transfer_bar
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.files import user_cache
@@ -46,7 +47,8 @@ def read_weights(source: str, largest: int | None = None) -> tuple[Weights, str]
   """Reads a file of PyTorch (.pth, .pt, .pth.tar), .safetensors or .npz (Google's ViT too), told apart by content.
 
   Args:
-    source: a local path; https://... or a bucket's address such as gs://..., which are kept in `weights_cache()`.
+    source: a local path, of a file or of a repository's folder; https://... or a bucket's address such as gs://...,
+      which are kept in `weights_cache()`; hf://..., see `hub`.
     largest: bytes that an .npz may unpack to; None for LARGEST_NPZ.
 
   Returns:
@@ -58,12 +60,19 @@ def read_weights(source: str, largest: int | None = None) -> tuple[Weights, str]
   path = pathlib.Path(source).expanduser()
   if source.startswith(("http://", "https://")):
     path = download(source)
+  elif source.startswith(hub.PREFIX):
+    path = hub.fetch(source)
   elif "://" in source:
     path = _copy_from_bucket(source)
   if not path.exists():
     raise UserError(f"weights {source} do not exist; check the path")
   if path.is_dir():
-    raise UserError(f"weights {source} are a directory without checkpoints of ours; give a file, or a run's workdir")
+    path = hub.in_folder(path)
+    if path is None:
+      raise UserError(
+        f"weights {source} are a directory without checkpoints of ours, and without {' or '.join(hub.FILES)}; give a "
+        "file, or a run's workdir"
+      )
   try:
     with path.open("rb") as file:
       head = file.read(64)

@@ -264,7 +264,7 @@ def read_weights(folder: str) -> tuple[int, str, dict[tuple, np.ndarray]] | None
   Raises:
     UserError: there is no complete checkpoint, or it is damaged.
   """
-  if folder.startswith(("http://", "https://")):
+  if folder.startswith(("http://", "https://", "hf://")):
     return None
   path = epath.Path(folder).expanduser().absolute()
   if (path / "checkpoints").is_dir():

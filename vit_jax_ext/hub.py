@@ -1,0 +1,60 @@
+"""Weights on the Hugging Face Hub: hf://OWNER/NAME[@REVISION][/FILE], by huggingface_hub and into its cache.
+
+Its environment counts: HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT.
+"""
+
+import pathlib
+import re
+
+from vit_jax_ext.errors import UserError
+
+PREFIX = "hf://"
+FILES = ("model.safetensors", "pytorch_model.bin")  # where a repository keeps its weights, the first that there is
+_ADDRESS = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>[\w./-]+))?")
+
+
+def in_folder(folder: pathlib.Path) -> pathlib.Path | None:
+  """Returns the weights in a downloaded repository; None if the folder is none."""
+  return next((folder / name for name in FILES if (folder / name).is_file()), None)
+
+
+def fetch(address: str) -> pathlib.Path:
+  """Returns the local copy of a repository's weights; downloads it once, and goes on where that was cut off.
+
+  Raises:
+    UserError: no such address, repository, revision or file, one that is gated, or no network.
+  """
+  match = _ADDRESS.fullmatch(address)
+  if not match or ".." in address:
+    raise UserError(f"{address} is no address on the Hub; write hf://OWNER/NAME, hf://OWNER/NAME@REVISION or "
+                    "hf://OWNER/NAME/FILE")  # fmt: skip
+  import huggingface_hub
+  from huggingface_hub import errors
+
+  huggingface_hub.logging.set_verbosity_error()  # what it tries again is in its own bar, or in our line
+  repository, revision, file = match["repository"], match["revision"], match["file"]
+  at = f"{repository}{f' at {revision}' if revision else ''}"
+  names = [file] if file else FILES
+  for name in names:
+    page = f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/{name}"
+    try:
+      return pathlib.Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+    except errors.GatedRepoError:
+      raise UserError(f"{address}: {repository} is gated; accept its terms on https://huggingface.co/{repository} and "
+                      "give your token, HF_TOKEN=... or hf auth login") from None  # fmt: skip
+    except errors.RepositoryNotFoundError:
+      raise UserError(f"{address}: there is no repository {repository}, or it is private; check the name, or give your "
+                      "token, HF_TOKEN=... or hf auth login") from None  # fmt: skip
+    except errors.RevisionNotFoundError:
+      raise UserError(f"{address}: {repository} has no revision {revision}; see "
+                      f"https://huggingface.co/{repository}/commits/main") from None  # fmt: skip
+    except errors.LocalEntryNotFoundError:
+      raise UserError(f"{address}: the Hub cannot be reached, and the file is not in its cache; download {page} where "
+                      "that works, and give the file's path instead") from None  # fmt: skip
+    except errors.EntryNotFoundError:
+      continue
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+      why = " ".join(str(error).split())[:120]
+      raise UserError(f"{address} cannot be downloaded ({why}); start again, or download {page} and give the file's "
+                      "path instead") from None  # fmt: skip
+  raise UserError(f"{address}: {at} has no {' and no '.join(names)}; name the file, hf://{repository}/FILE")
