@@ -15,7 +15,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["vit_jax_ext*"]),
-  package_data={"vit_jax_ext.compare": ["*.jinja"]},
+  package_data={"vit_jax_ext": ["py.typed", "*.txt"], "vit_jax_ext.compare": ["*.jinja"]},
   install_requires=[
     "clu>=0.0.12,<0.1",
     "etils[epath]>=1.15,<2",

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import dataclasses
 import difflib
+import fnmatch
 import inspect
 import numbers
 from typing import Any
@@ -205,9 +206,9 @@ VARIANTS: dict[str, Variant] = dict(
 )
 
 
-def list_models() -> list[str]:
-  """Returns the names that `create_model` knows, sorted."""
-  return sorted(VARIANTS)
+def list_models(pattern: str = "*") -> list[str]:
+  """Returns the names that `create_model` knows, sorted: those that match a pattern such as "swin*"."""
+  return sorted(fnmatch.filter(VARIANTS, pattern))
 
 
 def get_variant(name: str) -> Variant:

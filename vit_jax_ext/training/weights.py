@@ -7,9 +7,12 @@ from flax import nnx
 import jax
 import ml_collections
 
+from vit_jax_ext.errors import UserError
+from vit_jax_ext.models import registry
 from vit_jax_ext.models.functional import split_model
 from vit_jax_ext.pretrained import load_pretrained, read_description
-from vit_jax_ext.workdir import checkpoint
+from vit_jax_ext.workdir import checkpoint, description
+from vit_jax_ext.workdir.config import read_workdir_config
 
 
 def load_weights(
@@ -39,6 +42,31 @@ def load_weights(
   logging.info("%s", report)
   _, params, stats = split_model(model)
   return report.source, None, jax.device_put({"params": params, "stats": stats}, shardings)
+
+
+def load_run(workdir: str, *, ema: bool | None = None) -> tuple[nnx.Module, dict[str, Any]]:
+  """Returns the model of a run with the weights of its best checkpoint, on the first device, and what the run is.
+
+  Args:
+    workdir: the run's.
+    ema: its averaged weights, or not; None: where there are some.
+
+  Returns:
+    The model, and the run's description: class_names, image_size, mean, std, crop (so `preprocess` takes it), dataset,
+    command, versions, ...; with `step` and `ema`, the weights'.
+
+  Raises:
+    UserError: there is no run, no checkpoint, or it has no averages.
+  """
+  config = read_workdir_config(workdir)
+  ema = config.ema_decay > 0 if ema is None else ema
+  if ema and not config.ema_decay:
+    raise UserError(f"run {workdir} has no averaged weights, config.ema_decay is 0; leave out ema")
+  model = registry.abstract_model(config.model, len(read_class_names(config, workdir)))
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  step, weights = checkpoint.restore_weights(workdir, model, place, ema=ema)
+  nnx.update(model, weights["params"], weights["stats"])
+  return model, description.read(workdir) | {"step": step, "ema": ema, "interpolation": "bicubic"}
 
 
 def read_class_names(config: ml_collections.ConfigDict, workdir: str | None) -> list[str]:
