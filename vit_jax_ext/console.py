@@ -109,8 +109,8 @@ class Progress:
   def log(self, step: int, scalars: Mapping[str, float]) -> None:
     """Shows loss, images/s and the share of time that is waited for images; in a log also `seconds_left`, if known."""
     numbers = f"loss {scalars['train/loss']:.4f}  {scalars.get('train/images_per_second', 0):.0f} images/s"
-    if "train/input_wait_per_second" in scalars:
-      numbers += f"  {scalars['train/input_wait_per_second']:.0%} waiting"
+    if "input_wait" in scalars:
+      numbers += f"  {scalars['input_wait']:.0%} waiting"
     self._bar.update(self._task, numbers=numbers)
     if not CONSOLE.is_terminal:
       minutes, seconds = divmod(round(scalars.get("seconds_left", 0)), 60)

@@ -113,6 +113,17 @@ def test_an_interrupted_prepare_goes_on(data_dir, run, monkeypatch):
   assert not [*data_dir.rglob("*.part")]
 
 
+def test_digits_that_cannot_be_written_are_read_in_their_order(tmp_path, monkeypatch):
+  def refuses(*_):
+    raise PermissionError
+
+  with monkeypatch.context() as patch:
+    patch.setattr(records, "convert", refuses)
+    dataset = datasets.open_dataset("digits", str(tmp_path))
+    assert dataset.lookup("train") is None and len(train_batches(dataset, 2)) == 2
+  assert datasets.open_dataset("digits", str(tmp_path)).lookup("train")
+
+
 def test_mistakes_are_one_line(data_dir, tmp_path, run, monkeypatch):
   monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
   status, _, error = run("prepare", *flags(data_dir))

@@ -59,7 +59,6 @@ def test_workdir(finished):
     "train/grad_norm",
     "train/learning_rate",
     "train/images_per_second",
-    "train/input_wait_per_second",
   } == set(rows[0])
   scores = {f"{prefix}/{name}" for prefix in ("eval", "eval_ema") for name in ("loss", "top1", "top5", "ece")}
   assert set(rows[1]) == {"step"} | scores

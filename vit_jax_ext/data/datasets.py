@@ -3,6 +3,7 @@
 import abc
 import collections
 from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import os
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ import tensorflow_datasets as tfds
 
 from vit_jax_ext.config import is_folder
 from vit_jax_ext.data import digits, folders, records
-from vit_jax_ext.errors import UserError
+from vit_jax_ext.errors import RunError, UserError
 
 Lookup = Callable[[tf.Tensor], dict[str, tf.Tensor]]  # indices, int64 (n,), to image, label and name
 
@@ -313,11 +314,12 @@ def _prepare(name: str, data_dir: str | None) -> bytes:
     tfds.disable_progress_bar()  # half a second of work
     try:
       builder.download_and_prepare()
-      if not records.are_there(builder):
-        collections.deque(records.convert(builder, None), maxlen=0)
     except OSError as error:
       raise UserError(f"digits cannot be prepared in {builder.data_dir}: {error}; give a writable folder with "
                       "--config.dataset.data_dir") from None  # fmt: skip
+    if not records.are_there(builder):
+      with contextlib.suppress(OSError, RunError, UserError):  # where it cannot be written it is read in its order
+        collections.deque(records.convert(builder, None), maxlen=0)
   elif not builder.info.splits and builder.name == "imagenet2012":
     _prepare_imagenet(builder)
   elif not builder.info.splits:

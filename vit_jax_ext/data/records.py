@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import concurrent.futures
+import contextlib
 import os
 import shutil
 import threading
@@ -145,7 +146,8 @@ def _convert_shard(source: str, target: str, length: int, bytes_in_all: int) -> 
       count += 1
     writer.close()
   except (OSError, RuntimeError, tf.errors.OpError) as error:
-    os.path.exists(part) and os.unlink(part)
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(part)
     why = " ".join(str(error).split())[:160]
     raise RunError(f"{source} cannot be converted ({why}); mend it or prepare the dataset again, then start again to "
                    "continue") from None  # fmt: skip

@@ -201,15 +201,15 @@ def _train(
         if logged:
           scalars = {f"train/{name}": mean for name, mean in means.take().items()}
           scalars["train/learning_rate"] = float(experiment.schedule(step - 1))
-          left = {}
+          shown = {}
           if step > clock_step:
             seconds = (time.monotonic() - clock) / (step - clock_step)
             scalars["train/images_per_second"] = config.batch_size / seconds
-            scalars["train/input_wait_per_second"] = waiting.seconds() / (time.monotonic() - clock)
-            waiting.tell(scalars["train/input_wait_per_second"])
-            left = {"seconds_left": (total_steps - step) * seconds}
+            waited = waiting.seconds() / (time.monotonic() - clock)
+            waiting.tell(waited)
+            shown = {"seconds_left": (total_steps - step) * seconds, "input_wait": waited}
           writer.write_scalars(step, scalars)
-          progress.log(step, scalars | left)
+          progress.log(step, scalars | shown)
         if evaluated:
           results = evaluate_state()
           writer.write_scalars(step, results)
