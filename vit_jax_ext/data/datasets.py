@@ -263,7 +263,7 @@ def _unknown_split(name: str, split: str, splits: Sequence[str]) -> UserError:
 
 
 def open_dataset(
-  name: str, data_dir: str | None, told: Callable[[Callable[[], bytes]], bytes] = lambda make: make()
+  name: str, data_dir: str | None, told: Callable[[Callable[[], bytes]], bytes] | None = None
 ) -> Dataset:
   """Opens a dataset; prepares the embedded `digits` on first use.
 
@@ -271,7 +271,7 @@ def open_dataset(
     name: a TFDS name, e.g. "digits" or "imagenet2012:5.1.0"; a folder, written with a slash, e.g. "./flowers"; or
       "synthetic".
     data_dir: where prepared TFDS datasets lie; None for TFDS's own default.
-    told: calls a function on one of several hosts, and returns what it returned on all; that one lists and prepares.
+    told: calls a function on one of several hosts, and returns on all what it returned: that one lists and prepares.
 
   Raises:
     UserError: an unknown or unprepared dataset, or one without images and class labels.
@@ -279,10 +279,12 @@ def open_dataset(
   if is_folder(name):
     if not os.path.isdir(os.path.expanduser(name)):
       raise UserError(f"dataset {name} does not exist; give a folder of images by class, or the name of a TFDS dataset")
+    if not told:
+      return FolderDataset(name, *folders.scan(name))
     return FolderDataset(name, *folders.unpack(told(lambda: folders.pack(*folders.scan(name)))))
   if name == "synthetic":
     return SyntheticDataset()
-  told(lambda: _prepare(name, data_dir))
+  told(lambda: _prepare(name, data_dir)) if told else _prepare(name, data_dir)
   return TfdsDataset(name, tfds.builder(name, data_dir=data_dir))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from vit_jax_ext.data import preprocess, randaugment
-from vit_jax_ext.data.datasets import GROUP, Dataset
+from vit_jax_ext.data.datasets import GROUP, Dataset, Lookup
 from vit_jax_ext.data.order import Order
 from vit_jax_ext.data.unreadable import Unreadable, map_or_flag, unreadable_dataset
 from vit_jax_ext.errors import UserError
@@ -84,7 +84,7 @@ def train_batches(
   """Yields this host's rows of the batches of the steps after `first_step`.
 
   What a row of a step holds depends on the seed alone, however many hosts there are and wherever the run was resumed:
-  see `order.Order`. A dataset that can be read in its order alone is shuffled in a buffer, each host's share alone.
+  see `order.Order`. A dataset that can be read in its own order alone is shuffled in a buffer, a share on each host.
 
   An image that cannot be decoded is logged, and the one that follows it in the order is taken twice.
 
@@ -112,52 +112,57 @@ def train_batches(
       f"config.batch_size={batch_size} is more than the {order.size} images of {split}, whose epochs have whole "
       f"batches with config.augment.repeats={repeats}; give a smaller batch, or 1 repeat"
     )
-  lookup, rows = dataset.lookup(split), np.array(rows)
-
-  def find(numbers: tf.Tensor) -> Examples:
-    """Returns the examples that this host reads as its first, second, ... of the training."""
-
-    def order_of(numbers):
-      steps, places = np.divmod(numbers, len(rows))
-      return ordered(steps * batch_size + rows[places])
-
-    return examples_of(*tf.numpy_function(order_of, [numbers], (tf.int64, tf.int64), stateful=False))
-
-  def ordered(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    epochs, indices, copies = order(positions)
-    return np.stack([seed * 2**32 + epochs, indices * repeats + copies], axis=-1), indices
-
-  def examples_of(seeds: tf.Tensor, indices: tf.Tensor) -> Examples:
-    seeds, indices = tf.ensure_shape(seeds, (None, 2)), tf.ensure_shape(indices, (None,))
-    return seeds, indices, lookup(indices)
-
-  decode = _decode(augment, image_size)
+  decode, lookup = _decode(augment, image_size), dataset.lookup(split)
   if lookup:
-    numbers = tf.data.Dataset.range(first_step * len(rows), total_steps * len(rows))
-    groups = numbers.batch(GROUP).map(find, tf.data.AUTOTUNE)
+    find = _finder(lookup, order)
+    groups = _positions(batch_size, np.array(rows), first_step, total_steps).map(find, tf.data.AUTOTUNE)
+    load = tf.function(lambda positions: decode(*find(positions)), autograph=False)
   else:
     groups = _read_in_order(dataset, split, order, len(rows), first_step, shuffle_buffer).batch(GROUP)
   batches = groups.map(decode, tf.data.AUTOTUNE).rebatch(len(rows), drop_remainder=True).take(total_steps - first_step)
   unreadable = Unreadable(dataset, split, max_unreadable)
 
-  decode_now = tf.function(lambda *order: decode(*examples_of(*order)), autograph=False)
-
-  def following(position: int) -> Batch:
-    found = decode_now(*map(tf.constant, ordered(np.arange(position + 1, position + 1 + GROUP))))
+  def following(batch: Batch, step: int, row: int) -> Batch:
+    """Returns images that come after one, in the order or else in its batch."""
+    if not lookup:
+      return {key: np.roll(value, -row, axis=0) for key, value in batch.items()}
+    position = step * batch_size + rows[row]
+    found = load(tf.range(position + 1, position + 1 + GROUP, dtype=tf.int64))
     return {key: value.numpy() for key, value in found.items()}
 
   for step, batch in enumerate(unreadable.watch(batches), first_step):
-    if not batch["readable"].all():
-      batch = {key: np.array(value) for key, value in batch.items()}  # TensorFlow's own cannot be written
+    batch = {key: value if batch["readable"].all() else value.copy() for key, value in batch.items()}
     for row in np.flatnonzero(~batch["readable"]):
-      others = following(step * batch_size + rows[row]) if lookup else batch
-      readable = np.flatnonzero(others["readable"])
-      if not len(readable):
+      others = following(batch, step, row)
+      if not others["readable"].any():
         raise unreadable.too_many()
-      other = readable[0 if lookup else np.searchsorted(readable, row) % len(readable)]
       for key in ("image", "label"):
-        batch[key][row] = others[key][other]
+        batch[key][row] = others[key][others["readable"].argmax()]
     yield {key: batch[key] for key in ("image", "label")}
+
+
+def _positions(batch_size: int, rows: np.ndarray, first_step: int, total_steps: int) -> tf.data.Dataset:
+  """Returns the places in the training of the images that one host takes, int64 (GROUP,) at a time."""
+
+  def position(number):
+    return number // len(rows) * batch_size + tf.gather(tf.constant(rows, tf.int64), number % len(rows))
+
+  return tf.data.Dataset.range(first_step * len(rows), total_steps * len(rows)).batch(GROUP).map(position)
+
+
+def _finder(lookup: Lookup, order: Order) -> Callable[[tf.Tensor], Examples]:
+  """Returns a function of places in the training, int64 (n,), to the examples there."""
+
+  def ordered(positions):
+    epochs, indices, copies = order(positions)
+    return np.stack([order.seed * 2**32 + epochs, indices * order.repeats + copies], axis=-1), indices
+
+  def find(positions):
+    seeds, indices = tf.numpy_function(ordered, [positions], (tf.int64, tf.int64), stateful=False)
+    seeds, indices = tf.ensure_shape(seeds, (None, 2)), tf.ensure_shape(indices, (None,))
+    return seeds, indices, lookup(indices)
+
+  return find
 
 
 def _read_in_order(

@@ -184,7 +184,7 @@ def all_agree(yes: bool) -> bool:
 
 
 def told_by_first(make: Callable[[], bytes]) -> bytes:
-  """Returns what `make` returns in process 0, where alone it is called: one process lists a file system, not thousands.
+  """Returns what `make` returns in process 0 of several, where alone it is called: one lists a folder, not thousands.
 
   Raises:
     UserError: `make` did, in all processes.
@@ -195,10 +195,9 @@ def told_by_first(make: Callable[[], bytes]) -> bytes:
       content = make()
     except UserError as error:
       content, failed = str(error).encode(), True
-  if jax.process_count() > 1:
-    size, failed = multihost_utils.broadcast_one_to_all(np.array([len(content), failed], np.int32)).tolist()
-    content = np.frombuffer(content or bytes(size), np.uint8)
-    content = multihost_utils.broadcast_one_to_all(content).tobytes()
+  size, failed = multihost_utils.broadcast_one_to_all(np.array([len(content), failed], np.int32)).tolist()
+  content = np.frombuffer(content or bytes(size), np.uint8)
+  content = multihost_utils.broadcast_one_to_all(content).tobytes()
   if failed:
     raise UserError(content.decode())
   return content

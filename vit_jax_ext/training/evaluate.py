@@ -100,7 +100,8 @@ def evaluate_weights(config: ml_collections.ConfigDict, workdir: str | None) -> 
     counted;
     eval/SCORE and, where there are averages, eval_ema/SCORE for the scores of `evaluate`.
   """
-  dataset = open_dataset(config.dataset.name, config.dataset.data_dir, distributed.told_by_first)
+  told = distributed.told_by_first if jax.process_count() > 1 else None
+  dataset = open_dataset(config.dataset.name, config.dataset.data_dir, told)
   split = config.dataset.eval_split
   dataset.num_examples(split)  # refused now if there is no such split
   if workdir:

@@ -81,7 +81,7 @@ def _train(
 ) -> dict[str, float]:
   # The dataset says how many classes there are and how long an epoch is; nothing is allocated yet.
   data = config.dataset
-  dataset = open_dataset(data.name, data.data_dir, distributed.told_by_first)
+  dataset = open_dataset(data.name, data.data_dir, distributed.told_by_first if jax.process_count() > 1 else None)
   found = dataset.describe(data.train_split, data.eval_split)  # refused now if there are no such splits
   facts = len(dataset.class_names), dataset.num_examples(data.train_split)
   experiment = Experiment(config, *facts)
