@@ -82,7 +82,11 @@ def test_prepare_makes_the_same_dataset_readable_in_any_order(elsewhere, data_di
   assert listed(after, "train[40%:60%]", 1, 2) == [(i - 1200, *rest) for i, *rest in whole[1500:1800]]
   found = after.lookup("train")(np.array([5, 2999, 5]))
   assert found["image"].numpy().tolist() == [whole[i][1] for i in (5, 2999, 5)]
-  assert run("prepare", *flags(tmp_path / "new" if elsewhere else data_dir))[0] == 0  # again, nothing to do
+  there = flags(tmp_path / "new" if elsewhere else data_dir)
+  assert run("prepare", *there)[0] == 0  # again, nothing to do
+  if elsewhere:
+    status, _, error = run("prepare", *there, f"--output={tmp_path / 'third'}")
+    assert status == 2 and "has ArrayRecord files already" in error
 
 
 def test_what_trains_is_each_image_once(data_dir, run):

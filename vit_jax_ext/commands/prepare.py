@@ -20,15 +20,21 @@ def run(args: argparse.Namespace) -> None:
   from vit_jax_ext import config as configs
 
   with commands.resumable():
-    from vit_jax_ext.console import transfer_bar
+    from absl import logging
+
+    from vit_jax_ext.console import CONSOLE, transfer_bar
     from vit_jax_ext.data import datasets
+    from vit_jax_ext.files import size
 
     config = configs.load_config(args.config or configs.DEFAULT)
     configs.override(config, args.overrides)
     name = config.dataset.name
     with transfer_bar() as bar:
-      task = bar.add_task(name, total=None)
+      task, tenths = bar.add_task(name, total=None), 0
       for done, whole in datasets.convert(name, config.dataset.data_dir, args.output):
         bar.update(task, completed=done, total=whole)
+        if not CONSOLE.is_terminal and 10 * done // whole > tenths:
+          tenths = 10 * done // whole
+          logging.info("%s: %s of %s are written", name, size(done), size(whole))
     folder = args.output or config.dataset.data_dir
     print(f"{name} is ready{f'; --config.dataset.data_dir={folder} reads it' if folder else ''}")

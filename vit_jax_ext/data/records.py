@@ -114,6 +114,8 @@ def convert(builder: tfds.core.DatasetBuilder, folder: str | None) -> Iterator[t
   if "://" in os.fspath(target):
     raise UserError(f"{target} is a bucket, and ArrayRecord files are read and written on file systems alone; give "
                     "one, or the bucket mounted as one, with --output")  # fmt: skip
+  if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+    raise UserError(f"{source} has ArrayRecord files already, and no others; copy it to {target} if it shall be there")
   target.mkdir(parents=True, exist_ok=True)
   shards = []
   for split in builder.info.splits.values():
