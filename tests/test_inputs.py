@@ -99,7 +99,7 @@ def test_load_run(ema, tmp_path, tiny_config):
   results = train(tiny_config, str(tmp_path))
   model, info = vx.load_run(str(tmp_path), ema=ema)
   assert info["ema"] == (ema is None) and info["step"] in (3, 6)
-  assert info["class_names"] == [str(digit) for digit in range(10)] and info["dataset"] == "digits"
+  assert info["class_names"] == [str(digit) for digit in range(10)] and info["starts"][-1]["dataset"] == "digits"
   dataset = datasets.open_dataset("digits", tiny_config.dataset.data_dir)
   batches = input_pipeline.eval_batches(dataset, "test", batch_size=360, image_size=(8, 8), crop=1.0)
   (batch,) = batches

@@ -172,7 +172,7 @@ def test_a_run_goes_on_with_the_same_dataset_alone(data_dir, tmp_path, run):
           "--config.model.overrides.depth=((1,1),)", "--config.model.overrides.mlp_ratio=(1,1)"]  # fmt: skip
   status, _, error = run(*flags(data_dir), *tiny)
   assert status == 0, error
-  assert json.loads((tmp_path / "run" / "run.json").read_text())["dataset_version"] == "counted/1.2.0"
+  assert json.loads((tmp_path / "run" / "run.json").read_text())["starts"][0]["dataset_version"] == "counted/1.2.0"
   run("prepare", *flags(data_dir))
   assert run(*flags(data_dir), *tiny, "--config.total_steps=3")[0] == 0
   folder = data_dir / "counted"

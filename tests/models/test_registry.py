@@ -95,7 +95,8 @@ def test_all_ask_for_the_crop_of_the_models_size():
   }
   users = "attention/clusters.py", "attention/measure.py", "training/evaluate.py", "training/predict.py"
   assert uses == {(path, "crop_at(model.image_size)") for path in users} | {
-    ("workdir/description.py", "crop_at(image_size)")
+    ("workdir/description.py", "crop_at(image_size)"),
+    ("inputs.py", "crop_at(image_size)"),
   }
 
 

@@ -103,8 +103,7 @@ def _train(
     was = claim_workdir(workdir, config)
     if not jax.process_index():
       about = description.describe(config.model, len(dataset.class_names), dataset.class_names, data.crop)
-      about |= {"dataset": data.name, "dataset_version": dataset.version}
-      description.claim(workdir, about, first_step)
+      description.claim(workdir, about, first_step, data.name, dataset.version)
   if first_step:
     like = checkpoint.abstract(jax.eval_shape(experiment.init), experiment.places)
     with concurrent.futures.ThreadPoolExecutor(1) as beside:

@@ -52,8 +52,8 @@ def load_run(workdir: str, *, ema: bool | None = None) -> tuple[nnx.Module, dict
     ema: its averaged weights, or not; None: where there are some.
 
   Returns:
-    The model, and the run's description: class_names, image_size, mean, std, crop (so `preprocess` takes it), dataset,
-    command, versions, ...; with `step` and `ema`, the weights'.
+    The model, and the run's description: class_names, image_size, mean, std, crop (so `preprocess` takes it), and
+    starts, each with dataset, command, versions, ...; with `step` and `ema`, the weights'.
 
   Raises:
     UserError: there is no run, no checkpoint, or it has no averages.

@@ -118,7 +118,7 @@ def _of_config(workdir: str) -> dict[str, Any] | None:
     return None
 
 
-def claim(workdir: str, description: dict[str, Any], step: int) -> None:
+def claim(workdir: str, description: dict[str, Any], step: int, dataset: str, version: str) -> None:
   """Writes a new run's description, or checks that the run in `workdir` has the same images; adds this start.
 
   Raises:
@@ -127,13 +127,13 @@ def claim(workdir: str, description: dict[str, Any], step: int) -> None:
   saved = read(workdir)
   if saved:
     check_classes(saved, description["class_names"], "this run")
-    was, now = (each.get("dataset_version") for each in (saved, description))
-    if step and was and was != now:
+    was = next((start["dataset_version"] for start in saved.get("starts", []) if "dataset_version" in start), None)
+    if step and was and was != version:
       raise UserError(
-        f"dataset {description['dataset']} is {now}, and the run in {workdir} was trained on {was}; restore that, or "
+        f"dataset {dataset} is {version}, and the run in {workdir} was trained on {was}; restore that, or "
         "train anew in another workdir"
       )
-  start = {"step": step} | made_by()
+  start = {"step": step, "dataset": dataset, "dataset_version": version} | made_by()
   starts = [*(saved.get("starts", []) if saved else []), start]
   write_json(workdir, FILE, description | {"starts": starts}, option="workdir")
 
