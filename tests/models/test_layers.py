@@ -1,5 +1,7 @@
 """Shared layers, against torch and NumPy."""
 
+from unittest import mock
+
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,11 +15,11 @@ from vit_jax_ext.models import layers
 
 
 @settings(deadline=None, max_examples=15)
-@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 30), st.integers(1, 30))
-def test_bicubic_equals_torch(height, width, new_height, new_width):
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 30), st.integers(1, 30), st.sampled_from(["cpu", "tpu"]))
+def test_bicubic_equals_torch(height, width, new_height, new_width, platform):
   torch = pytest.importorskip("torch")
   images = np.random.default_rng(0).standard_normal((2, height, width, 3))
-  with jax.enable_x64(True):
+  with jax.enable_x64(True), mock.patch.object(layers, "platform", lambda: platform):
     ours = layers.resize_bicubic(jnp.asarray(images), (new_height, new_width))
   theirs = torch.nn.functional.interpolate(
     torch.from_numpy(images).permute(0, 3, 1, 2), size=(new_height, new_width), mode="bicubic", align_corners=False

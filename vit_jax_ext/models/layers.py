@@ -155,9 +155,16 @@ def resize_bicubic(images: jax.Array, size: tuple[int, int]) -> jax.Array:
   for axis, size_out in zip((-3, -2), size, strict=True):
     if images.shape[axis] == size_out:
       continue
-    # Gathering four taps costs 2 multiply-adds per thousand of the dense matrix product, and is faster on CPU too.
     index, weight = cubic_taps(images.shape[axis], size_out)
-    weight = weight.astype(images.dtype).reshape(size_out, 4, *[1] * (-1 - axis))
+    weight = weight.astype(images.dtype)
+    if platform() == "tpu":  # whose matrix units multiply by zeros for less than gathers take
+      matrix = np.zeros((images.shape[axis], size_out), weight.dtype)
+      np.add.at(matrix, (index, np.arange(size_out)[:, None]), weight)
+      images = jnp.tensordot(images, matrix, ((axis,), (0,)), precision=jax.lax.Precision.HIGHEST)
+      images = jnp.moveaxis(images, -1, axis)
+      continue
+    # Gathering four taps costs 2 multiply-adds per thousand of the dense matrix product, and is faster on CPU too.
+    weight = weight.reshape(size_out, 4, *[1] * (-1 - axis))
     images = sum(jnp.take(images, index[:, tap], axis) * weight[:, tap] for tap in range(4))
   return images.astype(dtype)
 
