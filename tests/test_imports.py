@@ -31,7 +31,7 @@ training.partition  training.distributed
 training.losses  training.sharding
 training.optimizer
 pretrained
-weight_files  inputs
+weight_files  weight_names  inputs
 workdir.checkpoint  workdir.writers
 workdir.config  workdir.metrics  workdir.description  workdir.analysis  workdir.digests  workdir.disk  workdir.lock
 data

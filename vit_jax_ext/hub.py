@@ -3,6 +3,7 @@
 Its environment counts: HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT.
 """
 
+import hashlib
 import pathlib
 import re
 
@@ -22,7 +23,8 @@ def fetch(address: str) -> pathlib.Path:
   """Returns the local copy of a repository's weights; downloads it once, and goes on where that was cut off.
 
   Raises:
-    UserError: no such address, repository, revision or file, one that is gated, or no network.
+    UserError: no such address, repository, revision or file, one that is gated, no network, or other content than the
+      Hub has recorded.
   """
   match = _ADDRESS.fullmatch(address)
   if not match or ".." in address:
@@ -38,7 +40,7 @@ def fetch(address: str) -> pathlib.Path:
   for name in names:
     page = f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/{name}"
     try:
-      return pathlib.Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+      return _checked(pathlib.Path(huggingface_hub.hf_hub_download(repository, name, revision=revision)), address)
     except errors.GatedRepoError:
       raise UserError(f"{address}: {repository} is gated; accept its terms on https://huggingface.co/{repository} and "
                       "give your token, HF_TOKEN=... or hf auth login") from None  # fmt: skip
@@ -58,3 +60,19 @@ def fetch(address: str) -> pathlib.Path:
       raise UserError(f"{address} cannot be downloaded ({why}); start again, or download {page} and give the file's "
                       "path instead") from None  # fmt: skip
   raise UserError(f"{address}: {at} has no {' and no '.join(names)}; name the file, hf://{repository}/FILE")
+
+
+def _checked(path: pathlib.Path, address: str) -> pathlib.Path:
+  """Returns the path of a file in the cache, a link to what is named by the SHA-256 that the Hub has recorded of it."""
+  expected = path.readlink().name if path.is_symlink() else ""
+  if re.fullmatch("[0-9a-f]{64}", expected):  # small files have Git's own digest
+    with path.open("rb") as file:
+      digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expected:
+      path.resolve().unlink()
+      path.unlink()
+      raise UserError(
+        f"{address} has the SHA-256 {digest[:16]}... instead of {expected[:16]}..., which the Hub has recorded; it was "
+        "deleted: start again"
+      )
+  return path
