@@ -22,7 +22,7 @@ attention.measure  attention.clusters   compare.comparison   training.doctor
 plan
 attention.similarity  attention.figures  compare.report  compare.benchmark
 compare.charts  compare.results  compare.runs  compare.cost
-training.train  training.predict  export
+training.train  training.predict  export  publish
 training.evaluate  training.ahead
 training.weights
 training.experiment

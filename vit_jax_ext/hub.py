@@ -1,4 +1,4 @@
-"""Weights on the Hugging Face Hub: hf://OWNER/NAME[@REVISION][/FILE], by huggingface_hub and into its cache.
+"""Weights on the Hugging Face Hub: hf://OWNER/NAME[@REVISION][/FILE], by huggingface_hub and into its cache; and back.
 
 Its environment counts: HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT.
 """
@@ -76,3 +76,42 @@ def _checked(path: pathlib.Path, address: str) -> pathlib.Path:
         "deleted: start again"
       )
   return path
+
+
+def check_name(repository: str) -> None:
+  """Raises UserError unless a repository may be called so."""
+  if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
+    raise UserError(f"{repository} is no repository on the Hub; write OWNER/NAME")
+
+
+def upload(folder: pathlib.Path, repository: str) -> str:
+  """Creates a repository if there is none, uploads the files of a folder in one commit, and returns its address.
+
+  Raises:
+    UserError: it has files of these names, you may not write there, or there is no network.
+  """
+  check_name(repository)
+  import huggingface_hub
+  from huggingface_hub import errors
+
+  api = huggingface_hub.HfApi()
+  try:
+    address = api.create_repo(repository, exist_ok=True)
+    if taken := {path.name for path in folder.iterdir()} & set(api.list_repo_files(repository)):
+      raise UserError(
+        f"{repository} has {', '.join(sorted(taken))}, which would be overwritten; delete what is there, or choose "
+        "another name"
+      )
+    api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Weights, config and card")
+  except UserError:
+    raise
+  except Exception as error:  # the library's, those of two clients beneath it, and of the system
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if isinstance(error, errors.LocalTokenNotFoundError) or status in (401, 403):
+      raise UserError(
+        f"you may not write to {repository}; check the owner's name, and give a token that can write, HF_TOKEN=... or "
+        "hf auth login"
+      ) from None
+    why = " ".join(str(error).split())[:120]
+    raise UserError(f"{repository} cannot be uploaded ({type(error).__name__}: {why}); start again") from None
+  return str(address)

@@ -179,13 +179,15 @@ def read_description(source: Any) -> dict[str, Any] | None:
   """Returns what weights tell of themselves, see `description.describe`; None if they do not.
 
   Args:
-    source: a run's workdir, one of its checkpoints, or a .safetensors file that `convert` or `export` wrote.
+    source: a run's workdir, one of its checkpoints, or what `convert` or `export` wrote, a .safetensors file or its
+      folder.
   """
   if not isinstance(source, (str, os.PathLike)):
     return None
-  if workdir := _workdir_of(source):
-    return description.read(workdir)
   path = pathlib.Path(source).expanduser()
+  path = hub.in_folder(path) or path
+  if workdir := workdir_of(path):
+    return description.read(workdir)
   if path.suffix != ".safetensors" or not path.is_file():
     return None
   try:
@@ -195,7 +197,7 @@ def read_description(source: Any) -> dict[str, Any] | None:
     return None
 
 
-def _workdir_of(source: str | os.PathLike) -> str | None:
+def workdir_of(source: str | os.PathLike) -> str | None:
   """Returns the workdir that a folder is, or that holds a checkpoint; None for a file."""
   path = pathlib.Path(source).expanduser()
   return os.fspath(path.parent.parent if path.parent.name == "checkpoints" else path) if path.is_dir() else None
@@ -301,6 +303,19 @@ def convert(source: Source, target: str | os.PathLike, spec: Mapping[str, Any], 
   Raises:
     UserError: what `load_pretrained` and `save_pretrained` refuse.
   """
+  model, report, about = load_anew(source, spec, num_classes)
+  save_pretrained(model, target, about)
+  return report
+
+
+def load_anew(
+  source: Source, spec: Mapping[str, Any], num_classes: int | None
+) -> tuple[nnx.Module, LoadReport, dict[str, Any]]:
+  """Returns a model that is made for weights, what happened to them, and what they are, see `redescribe`.
+
+  Args:
+    source, spec, num_classes: see `convert`.
+  """
   registry.get_variant(spec["name"])
   weights, where = read_source(source, spec["name"])
   saved_classes = count_classes(weights)
@@ -310,8 +325,7 @@ def convert(source: Source, target: str | os.PathLike, spec: Mapping[str, Any], 
     model = registry.create_model(spec["name"], num_classes=num_classes, rngs=nnx.Rngs(0), **spec["overrides"])
   report = fill(model, weights, where)
   num_classes = saved_classes if num_classes is None else num_classes
-  save_pretrained(model, target, redescribe(source, where, spec, num_classes))
-  return report
+  return model, report, redescribe(source, where, spec, num_classes)
 
 
 def redescribe(
@@ -346,17 +360,28 @@ def save_pretrained(model: nnx.Module, path: str | os.PathLike, about: Mapping[s
     raise UserError(f"weights cannot be written as {path.name}; name the file .safetensors or .pth")
   if path.exists():
     raise UserError(f"{path} exists and is not overwritten; choose another name")
+  write_arrays(parameters(model) | _buffers(model), path, about)
+
+
+def parameters(model: nnx.Module) -> dict[str, np.ndarray]:
+  """Returns a model's parameters and statistics under the authors' names and in their layouts."""
   arrays = {}
   for where, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
     array = _to_torch_layout(where, np.asarray(variable.get_value()))
     arrays[_torch_name(where)] = np.ascontiguousarray(array)
-  arrays |= _buffers(model)
+  return arrays
+
+
+def write_arrays(
+  arrays: Mapping[str, np.ndarray], path: pathlib.Path, about: Mapping[str, Any] | None, kind: str = "np"
+) -> None:
+  """Writes a new .safetensors or .pth, as it is; `kind` is the library whose names the former says it has."""
   part = path.with_name(path.name + ".part")
   try:
     if path.suffix == ".safetensors":
       part.touch()
       mode = part.stat().st_mode  # as the umask has it; the library would have it private
-      safetensors.numpy.save_file(arrays, part, {"format": "np"} | ({METADATA: json.dumps(about)} if about else {}))
+      safetensors.numpy.save_file(arrays, part, {"format": kind} | ({METADATA: json.dumps(about)} if about else {}))
       part.chmod(mode)
     else:
       weight_files.save_torch(arrays, part)

@@ -260,6 +260,16 @@ def _options(model: type[nnx.Module]) -> dict[str, Any]:
   return options
 
 
+def hyperparameters(spec: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns all keyword arguments of a model's class: the spec's overrides, else the variant's, else its defaults.
+
+  Args:
+    spec: `name` and `overrides` of the model, as in config.model.
+  """
+  variant = get_variant(spec["name"])
+  return _options(variant.model) | variant.kwargs | dict(spec["overrides"])
+
+
 # What an option may be; where a variant has a list, it is a list. Names are checked where they are looked up.
 _RULES = {
   "num_classes": integer(0),
