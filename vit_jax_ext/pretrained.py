@@ -16,16 +16,16 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from vit_jax_ext import weight_files
+from vit_jax_ext import hub, weight_files, weight_names
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers, registry, swin
 from vit_jax_ext.workdir import checkpoint, description
 
 # Our leaf names -> PyTorch's. All other parts of a path are the authors' own attribute names and indices.
 _TORCH_LEAF = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-# Entries that are no parameters; we compute them, or need none.
-_BUFFERS = ("attn_mask", "relative_position_index", "num_batches_tracked")
-_CLASSIFIER = re.compile(r"head\.([01]\.)?(weight|bias)")  # CrossViT has two
+# Entries that are no parameters, which we compute or need none of; and Transformers' pooler, beside its models' logits.
+_NOT_NEEDED = re.compile(r"(.*\.)?(attn_mask|relative_position_index|num_batches_tracked)|pooler\.dense\.(weight|bias)")
+_CLASSIFIER = re.compile(r"head(_dist|\.[01])?\.(weight|bias)")  # a distilled DeiT has two, and CrossViT
 METADATA = "vit_jax_ext"  # of a .safetensors file: the description of its weights, as JSON
 # Of an .npz for each published parameter, at most: what unpacks to more is not read. Options may make a model larger.
 BYTES_OF_PARAMETER = 64
@@ -43,7 +43,8 @@ class LoadReport:
     source: what was read, and which entry of it.
     loaded: parameters filled as they are.
     resized: parameters filled after interpolation to another size.
-    reinitialized: parameters left at their initial values: the classifier, when the number of classes differs.
+    reinitialized: parameters left at their initial values: the classifier, when the number of classes differs, or the
+      weights have none.
     unused: entries of the source that are no parameters: masks, indices, counters; the classifier of a model without.
   """
 
@@ -68,16 +69,17 @@ def load_pretrained(model: nnx.Module, source: Source, *, keep_classifier: bool 
   """Fills `model` with pretrained weights, in its own param_dtype and where its arrays lie.
 
   Position embeddings and relative-position tables of another size are interpolated bicubically, as torch does it
-  (a = -0.75); a classifier for another number of classes is left as it is.
+  (a = -0.75); a classifier for another number of classes is left as it is, or one that the weights do not have.
 
   Args:
     model: any model of `create_model`, or one without arrays of `nnx.eval_shape`.
     source: a file (.pth, .pt, .pth.tar, .safetensors, Google's .npz; also https://...), a run's workdir or one of its
       checkpoints, either also in a bucket (gs://...); hf://OWNER/NAME[@REVISION][/FILE] on the Hugging Face Hub, or a
       folder of such a repository; a mapping, the authors' state dict; or True for what was published for this variant,
-      downloaded once. A file does not tell the shape of its grid of patches: where their
+      downloaded once. Names may also be timm's, those of Transformers' ViT, DeiT and Swin, and what torch.compile,
+      DataParallel and Lightning make of them. A file does not tell the shape of its grid of patches: where their
       number differs from the model's it is taken to be square.
-    keep_classifier: refuse weights for another number of classes.
+    keep_classifier: refuse weights for another number of classes, or without a classifier.
 
   Returns:
     What was loaded and what was not.
@@ -96,11 +98,13 @@ def fill(
   """Does what `load_pretrained` does with what `read_source` has read: weights, and what to call them."""
   variant, weights = getattr(model, "variant", type(model).__name__), dict(weights)
   report, filled = LoadReport(where), {}
+  headless = not any(map(_CLASSIFIER.fullmatch, weights))
   missing, misfits = [], []
   for path, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
     name = _torch_name(path)
     if name not in weights:
-      missing.append(name)
+      new = headless and _CLASSIFIER.fullmatch(name) and not keep_classifier
+      (report.reinitialized if new else missing).append(name)
       continue
     array = _from_torch_layout(path, weights.pop(name))
     outcome = report.loaded
@@ -122,7 +126,7 @@ def fill(
     filled[path] = (variable, array)
   has_classifier = any(map(_CLASSIFIER.fullmatch, missing + report.loaded + report.reinitialized))
   for name in weights:
-    if name.rpartition(".")[2] in _BUFFERS or (_CLASSIFIER.fullmatch(name) and not has_classifier):
+    if _NOT_NEEDED.fullmatch(name) or (_CLASSIFIER.fullmatch(name) and not has_classifier):
       report.unused.append(name)
   unknown = [name for name in weights if name not in report.unused]
   if missing or unknown or misfits:
@@ -143,9 +147,7 @@ def read_source(source: Source, variant: str) -> tuple[dict[str, np.ndarray], st
   """
   where = LoadReport.source
   if source is True:
-    source = registry.get_variant(variant).url
-    if source is None:
-      raise UserError(f"no weights were published for {variant}; give a file or a run's workdir")
+    source = _published(variant)
   if isinstance(source, Mapping):
     weights = source
   elif not isinstance(source, (str, os.PathLike)):
@@ -157,20 +159,35 @@ def read_source(source: Source, variant: str) -> tuple[dict[str, np.ndarray], st
   else:
     published = registry.VARIANTS.get(variant)
     weights, where = weight_files.read_weights(os.fspath(source), published and BYTES_OF_PARAMETER * published.params)
-  return _from_timm({name: np.asarray(array) for name, array in weights.items()}), where
+  return weight_names.to_authors({name: np.asarray(array) for name, array in weights.items()}), where
+
+
+def _published(variant: str) -> str:
+  """Returns where a variant's weights are: on the Hub, as .safetensors, or with the authors.
+
+  The authors' file is taken where it is here already, be it put there by hand.
+  """
+  published = registry.get_variant(variant)
+  if published.url is None:
+    raise UserError(f"no weights were published for {variant}; give a file or a run's workdir")
+  if published.hub is None or weight_files.cached(published.url).exists():
+    return published.url
+  return hub.PREFIX + published.hub
 
 
 def read_description(source: Any) -> dict[str, Any] | None:
   """Returns what weights tell of themselves, see `description.describe`; None if they do not.
 
   Args:
-    source: a run's workdir, one of its checkpoints, or a .safetensors file that `convert` or `export` wrote.
+    source: a run's workdir, one of its checkpoints, or what `convert` or `export` wrote, a .safetensors file or its
+      folder.
   """
   if not isinstance(source, (str, os.PathLike)):
     return None
-  if workdir := _workdir_of(source):
-    return description.read(workdir)
   path = pathlib.Path(source).expanduser()
+  path = hub.in_folder(path) or path
+  if workdir := workdir_of(path):
+    return description.read(workdir)
   if path.suffix != ".safetensors" or not path.is_file():
     return None
   try:
@@ -180,7 +197,7 @@ def read_description(source: Any) -> dict[str, Any] | None:
     return None
 
 
-def _workdir_of(source: str | os.PathLike) -> str | None:
+def workdir_of(source: str | os.PathLike) -> str | None:
   """Returns the workdir that a folder is, or that holds a checkpoint; None for a file."""
   path = pathlib.Path(source).expanduser()
   return os.fspath(path.parent.parent if path.parent.name == "checkpoints" else path) if path.is_dir() else None
@@ -211,22 +228,6 @@ def _torch_name(path: tuple) -> str:
   return ".".join(str(part) for part in (*path[:-1], _TORCH_LEAF.get(path[-1], path[-1])))
 
 
-def _from_timm(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Brings timm's CrossViT (`pos_embed_0`) and its Swin since version 0.9 to the authors' names.
-
-  There a stage of Swin begins with the merging of patches; with the authors the stage before ends with it.
-  """
-  merging = {int(match[1]) for name in weights if (match := re.match(r"layers\.(\d+)\.downsample\.", name))}
-  shift = 1 if merging and 0 not in merging else 0
-
-  def rename(name: str) -> str:
-    name = re.sub(r"^(pos_embed|cls_token)_([01])$", r"\1.\2", name)
-    name = re.sub(r"^head\.fc\.", "head.", name)
-    return re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) - shift}.downsample", name)
-
-  return {rename(name): array for name, array in weights.items()}
-
-
 def _from_torch_layout(path: tuple, array: np.ndarray) -> np.ndarray:
   """Linear (out, in) -> (in, out); convolution (out, in, height, width) -> (height, width, in, out)."""
   if path[-1] != "kernel":
@@ -254,11 +255,12 @@ def _place(variable: nnx.Variable, array: np.ndarray) -> nnx.Variable:
 
 
 def _resize(model: nnx.Module, path: tuple, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-  """Interpolates a position embedding (1, 1 + N, C) or a table ((2 h - 1)(2 w - 1), heads); None for anything else."""
+  """Interpolates a position embedding (1, tokens, C) or a table ((2 h - 1)(2 w - 1), heads); None for anything else."""
   if path[0] == "pos_embed" and array.ndim == 3 and array.shape[-1] == shape[-1]:
     grid = model.grids[path[1]] if len(path) > 1 else model.grid
-    tokens = _resize_grid(array[0, 1:], grid)
-    return None if tokens is None else np.concatenate([array[:, :1], tokens[None]], axis=1)
+    learned = shape[1] - math.prod(grid)  # tokens before those of the patches
+    tokens = _resize_grid(array[0, learned:], grid)
+    return None if tokens is None else np.concatenate([array[:, :learned], tokens[None]], axis=1)
   if path[-1] == "relative_position_bias_table" and array.ndim == 2 and array.shape[-1] == shape[-1]:
     window = _module(model, path[:-1]).window
     of_weights, of_model = (math.isqrt(len(array)) + 1) // 2, getattr(model, "window_size", math.inf)
@@ -301,6 +303,19 @@ def convert(source: Source, target: str | os.PathLike, spec: Mapping[str, Any], 
   Raises:
     UserError: what `load_pretrained` and `save_pretrained` refuse.
   """
+  model, report, about = load_anew(source, spec, num_classes)
+  save_pretrained(model, target, about)
+  return report
+
+
+def load_anew(
+  source: Source, spec: Mapping[str, Any], num_classes: int | None
+) -> tuple[nnx.Module, LoadReport, dict[str, Any]]:
+  """Returns a model that is made for weights, what happened to them, and what they are, see `redescribe`.
+
+  Args:
+    source, spec, num_classes: see `convert`.
+  """
   registry.get_variant(spec["name"])
   weights, where = read_source(source, spec["name"])
   saved_classes = count_classes(weights)
@@ -310,8 +325,7 @@ def convert(source: Source, target: str | os.PathLike, spec: Mapping[str, Any], 
     model = registry.create_model(spec["name"], num_classes=num_classes, rngs=nnx.Rngs(0), **spec["overrides"])
   report = fill(model, weights, where)
   num_classes = saved_classes if num_classes is None else num_classes
-  save_pretrained(model, target, redescribe(source, where, spec, num_classes))
-  return report
+  return model, report, redescribe(source, where, spec, num_classes)
 
 
 def redescribe(
@@ -346,17 +360,28 @@ def save_pretrained(model: nnx.Module, path: str | os.PathLike, about: Mapping[s
     raise UserError(f"weights cannot be written as {path.name}; name the file .safetensors or .pth")
   if path.exists():
     raise UserError(f"{path} exists and is not overwritten; choose another name")
+  write_arrays(parameters(model) | _buffers(model), path, about)
+
+
+def parameters(model: nnx.Module) -> dict[str, np.ndarray]:
+  """Returns a model's parameters and statistics under the authors' names and in their layouts."""
   arrays = {}
   for where, variable in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))):
     array = _to_torch_layout(where, np.asarray(variable.get_value()))
     arrays[_torch_name(where)] = np.ascontiguousarray(array)
-  arrays |= _buffers(model)
+  return arrays
+
+
+def write_arrays(
+  arrays: Mapping[str, np.ndarray], path: pathlib.Path, about: Mapping[str, Any] | None, kind: str = "np"
+) -> None:
+  """Writes a new .safetensors or .pth, as it is; `kind` is the library whose names the former says it has."""
   part = path.with_name(path.name + ".part")
   try:
     if path.suffix == ".safetensors":
       part.touch()
       mode = part.stat().st_mode  # as the umask has it; the library would have it private
-      safetensors.numpy.save_file(arrays, part, {"format": "np"} | ({METADATA: json.dumps(about)} if about else {}))
+      safetensors.numpy.save_file(arrays, part, {"format": kind} | ({METADATA: json.dumps(about)} if about else {}))
       part.chmod(mode)
     else:
       weight_files.save_torch(arrays, part)

@@ -100,8 +100,7 @@ def read_weights(source: str, largest: int | None = None) -> tuple[Weights, str]
     raise UserError(
       f"weights {source} are damaged, truncated or in no known format ({why}); fetch them again"
     ) from None
-  weights = {name.removeprefix("module."): array for name, array in content.items()}
-  return weights, f"{source}, {entry}" if entry else source
+  return content, f"{source}, {entry}" if entry else source
 
 
 def _is_npz(path: pathlib.Path) -> bool:
@@ -119,8 +118,7 @@ def _read_npz(path: pathlib.Path, largest: int) -> Weights:
       f"weights {path} would unpack to {size:,} bytes, not at most {largest:,}; they are not this model's"
     )
   with np.load(path, allow_pickle=False) as archive:
-    arrays = dict(archive)
-  return _from_google(arrays) if any("posembed_input" in name for name in arrays) else arrays
+    return dict(archive)
 
 
 def import_torch(path: pathlib.Path) -> types.ModuleType:
@@ -189,47 +187,13 @@ def save_torch(arrays: Weights, path: pathlib.Path) -> None:
     torch.save({"model": {name: tensor(array) for name, array in arrays.items()}}, file)
 
 
-# google-research/vision_transformer's names -> timm's, applied in turn.
-_GOOGLE_NAMES = [
-  (r"^Transformer/encoderblock_(\d+)/", r"blocks.\1."),
-  ("LayerNorm_0", "norm1"),
-  ("LayerNorm_2", "norm2"),
-  ("MultiHeadDotProductAttention_1/out", "attn.proj"),
-  ("MultiHeadDotProductAttention_1/", "attn."),
-  ("MlpBlock_3/Dense_0", "mlp.fc1"),
-  ("MlpBlock_3/Dense_1", "mlp.fc2"),
-  ("^embedding/", "patch_embed.proj/"),
-  ("^Transformer/encoder_norm", "norm"),
-  ("^Transformer/posembed_input/pos_embedding$", "pos_embed"),
-  ("^cls$", "cls_token"),
-  ("/(kernel|scale)$", ".weight"),
-  ("/bias$", ".bias"),
-]
-
-
-def _from_google(arrays: Weights) -> Weights:
-  """Brings Google's ViT to timm's names and layouts: query, key and value are packed, heads joined."""
-  weights = {}
-  for name, array in arrays.items():
-    for pattern, replacement in _GOOGLE_NAMES:
-      name = re.sub(pattern, replacement, name)
-    if name.endswith("attn.proj.weight"):  # (heads, head_dim, dim)
-      array = array.reshape(-1, array.shape[-1])
-    if re.search(r"attn\.(query|key|value)\.", name):  # (dim, heads, head_dim) and (heads, head_dim)
-      array = array.reshape(*array.shape[:-2], -1)
-    weights[name] = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T if array.ndim == 2 else array
-  for name in [name for name in weights if ".attn.query." in name]:
-    parts = [weights.pop(name.replace("query", part)) for part in ("query", "key", "value")]
-    weights[name.replace("query", "qkv")] = np.concatenate(parts)
-  return weights
-
-
 def weights_cache() -> pathlib.Path:
   """Returns the folder of downloaded weights."""
   return pathlib.Path(user_cache(), "weights")
 
 
-def _cached(address: str, version: str = "") -> pathlib.Path:
+def cached(address: str, version: str = "") -> pathlib.Path:
+  """Returns where the copy of a file is kept, which may have a version."""
   name = urllib.parse.unquote(urllib.parse.urlsplit(address).path).rpartition("/")[2]
   return weights_cache() / f"{hashlib.sha256((address + version).encode()).hexdigest()[:8]}-{name}"
 
@@ -244,7 +208,7 @@ def download(url: str) -> pathlib.Path:
   """
   import requests  # a part of tensorflow-datasets, which loading local weights can do without
 
-  path = _cached(url)
+  path = cached(url)
   if path.exists():
     return path
   part = path.with_name(path.name + ".part")
@@ -308,7 +272,7 @@ def _copy_from_bucket(address: str) -> pathlib.Path:
   try:
     remote = epath.Path(address)
     stat = remote.stat()
-    path = _cached(address, f"{stat.length} {stat.mtime}")
+    path = cached(address, f"{stat.length} {stat.mtime}")
     if not path.exists():
       path.parent.mkdir(parents=True, exist_ok=True)
       part = path.with_name(f"{path.name}.{os.getpid()}.part")

@@ -32,7 +32,7 @@ DEFAULT = ("crossvit_9_dagger_224", "deepvit_s", "boat_cswin_tiny")  # all kinds
 CONVOLUTION = re.compile(
   r"patch_embed\.(\d\.)?(proj(\.\d)?|conv\d)$|stage1_conv_embed\.0$|merge\d\.conv$|get_v$|reatten_matrix$"
 )
-TOKENS = re.compile(r"(pos_embed|cls_token)(\.\d)?$|relative_position_bias_table$")
+TOKENS = re.compile(r"(pos_embed|cls_token|dist_token)(\.\d)?$|relative_position_bias_table$")
 
 
 def parameters(name):

@@ -28,6 +28,9 @@ PARAMS = {
   "deit_tiny_patch16_224": 5_717_416,
   "deit_small_patch16_224": 22_050_664,
   "deit_base_patch16_224": 86_567_656,
+  "deit_tiny_distilled_patch16_224": 5_910_800,
+  "deit_small_distilled_patch16_224": 22_436_432,
+  "deit_base_distilled_patch16_224": 87_338_192,
   "vit_16b": 24_423_784,
   "vit_24b": 36_257_128,
   "vit_32b": 48_090_472,
@@ -68,6 +71,7 @@ def test_parameter_count(name):
     ("deit_base_patch16_224", (224, 224), 0.875),
     ("deit_base_patch16_224", (384, 384), 1.0),  # with which the paper's 83.1 comes out (timm: 83.108)
     ("deit_small_patch16_224", (384, 384), 0.875),  # published at 224 alone
+    ("deit_base_distilled_patch16_224", (384, 384), 1.0),  # the default_cfg of timm: crop_pct 1.0
     ("swin_base", (224, 224), 0.875),
     ("swin_base", (384, 384), 1.0),  # swin_base_patch4_window12_384_finetune.yaml: TEST.CROP False
     ("swin_base", (384, 512), 0.875),
@@ -109,6 +113,10 @@ def create(**kw):
   [
     (dict(name="crossvit_tiny"), ["crossvit_tiny", "crossvit_tiny_224"]),
     (dict(name="resnet50"), ["resnet50", "list_models"]),
+    (dict(name="vit_base_patch16_224"), ["did you mean", "deit_base_patch16_224"]),
+    (dict(name="crossvit_9_240"), ["did you mean", "crossvit_9_224"]),
+    (dict(name="swin_tiny_patch4_window7_224"), ["did you mean", "swin_tiny"]),
+    (dict(name="swinv2_tiny_window8_256"), ["did you mean", "swin_tiny"]),
     (dict(dropout=0.1), ["dropout", "drop_rate"]),
     (dict(num_classes=-1), ["num_classes -1"]),
     (dict(dtype="int8"), ["int8", "bfloat16"]),

@@ -88,7 +88,7 @@ def attention_maps(summary: Summary, maps: np.ndarray) -> Figure:
   colorbar = figure.colorbar(image, ax=grid, ticks=[low, high], shrink=0.6)
   colorbar.ax.set_yticklabels(["lowest of\nthe block", "highest of\nthe block"], fontsize=7)
   figure.suptitle(f"Attention of {_name(summary)}, mean of {summary['heads']} heads and {summary['images']} images")
-  figure.supxlabel("key token (class token first, then the patches row by row)", fontsize=8)
+  figure.supxlabel("key token (class token first, the patches last, row by row)", fontsize=8)
   figure.supylabel("query token", fontsize=8)
   return figure
 

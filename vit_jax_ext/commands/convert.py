@@ -1,4 +1,4 @@
-"""Write a run's weights, or others in any known format, under the authors' names."""
+"""Write a run's weights, or others in any known format, under the authors' names; or as timm and the Hub have them."""
 
 import argparse
 import os
@@ -13,7 +13,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "source", metavar="SOURCE", nargs="?", help="file, or True for the published weights (default: workdir)"
   )
-  parser.add_argument("target", metavar="FILE", help="new file, .safetensors or .pth")
+  parser.add_argument(
+    "target",
+    metavar="TARGET",
+    help="new file, .safetensors or .pth; with --to=timm a folder, with --to=hub OWNER/NAME",
+  )
+  parser.add_argument("--to", choices=("file", "timm", "hub"), default="file", help="what is written (default: file)")
+  parser.add_argument("--license", metavar="ID", help="of the weights, for the card, such as apache-2.0")
   parser.add_argument("--model", metavar="NAME", help="whose weights they are (default: the run's)")
   parser.add_argument("--num-classes", metavar="N", type=int, help="another number of classes: a new classifier")
 
@@ -22,13 +28,14 @@ def run(args: argparse.Namespace) -> None:
   """Prints what happened to every array as a table.
 
   Raises:
-    UserError: a source that does not tell its model, and what `convert` refuses.
+    UserError: a source that does not tell its model, and what `convert`, `write_folder` or `publish` refuse.
   """
   import rich.console
   import rich.table
 
   from vit_jax_ext import config as configs
   from vit_jax_ext.pretrained import convert, read_description
+  from vit_jax_ext.publish import publish, write_folder
   from vit_jax_ext.workdir.config import default_workdir, read_workdir_config
 
   source = args.source or args.workdir or default_workdir(configs.DEFAULT)
@@ -42,7 +49,13 @@ def run(args: argparse.Namespace) -> None:
   else:
     raise UserError(f"weights {source} do not tell their model; name it with --model=NAME")
   configs.override(config, args.overrides)
-  report = convert(source == "True" or source, args.target, config.model, args.num_classes)
+  weights, target = source == "True" or source, args.target
+  if args.to == "file":
+    report = convert(weights, target, config.model, args.num_classes)
+  elif args.to == "timm":
+    report = write_folder(weights, target, config.model, args.num_classes, license=args.license)
+  else:
+    report, target = publish(weights, target, config.model, args.num_classes, license=args.license)
 
   table = rich.table.Table("", "arrays", "names")
   table.add_row("loaded", str(len(report.loaded)), "")
@@ -50,4 +63,4 @@ def run(args: argparse.Namespace) -> None:
     names = getattr(report, outcome)
     table.add_row(outcome, str(len(names)), "\n".join(names))
   rich.console.Console(width=120).print(table)
-  print(f"wrote {args.target}: {config.model.name} from {report.source}")
+  print(f"wrote {target}: {config.model.name} from {report.source}")

@@ -13,7 +13,8 @@ from vit_jax_ext.models.layers import drop
 class IsotropicTransformer(nnx.Module):
   """The whole classifier: patch embedding, blocks, norm, a linear head on the class token.
 
-  Subclasses choose the patch embedding and the blocks: `make_patch_embed`, `make_block`.
+  Subclasses choose the patch embedding and the blocks: `make_patch_embed`, `make_block`; a distilled one has a second
+  learned token: `num_learned_tokens`, `learned_tokens`, `classify`.
 
   Args:
     num_classes: classes of the head; 0 for none, which gives the pooled features instead of logits.
@@ -29,6 +30,8 @@ class IsotropicTransformer(nnx.Module):
   Raises:
     UserError: an image size that does not divide into patches, heads that do not divide the width.
   """
+
+  num_learned_tokens = 1  # before those of the patches
 
   def __init__(
     self,
@@ -56,7 +59,7 @@ class IsotropicTransformer(nnx.Module):
       for i, rate in enumerate(np.linspace(0, drop_path_rate, depth).tolist())
     )
     self.cls_token = nnx.Param(layers.token_init(rngs.params(), (1, 1, embed_dim), param_dtype))
-    tokens = 1 + self.grid[0] * self.grid[1]
+    tokens = self.num_learned_tokens + self.grid[0] * self.grid[1]
     self.pos_embed = nnx.Param(layers.token_init(rngs.params(), (1, tokens, embed_dim), param_dtype))
     self.pos_drop = nnx.Dropout(drop_rate)
     self.norm = layers.LayerNorm(embed_dim, stream=True, **kw)
@@ -69,6 +72,15 @@ class IsotropicTransformer(nnx.Module):
   def make_block(self, index: int) -> Callable[..., nnx.Module]:
     """Returns what creates block `index`: tokens to (tokens, attention maps), called with `rngs` and `train`."""
     return layers.Block
+
+  def learned_tokens(self) -> jax.Array:
+    """Returns the tokens before those of the patches, (1, `num_learned_tokens`, C)."""
+    return self.cls_token[...]
+
+  def classify(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns what the call does, of the last block's tokens (B, tokens, C), and the intermediates that are added."""
+    x = self.norm(x[:, 0])
+    return x if self.head is None else self.head(x), {"pre_logits": x}
 
   def __call__(
     self, images: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None
@@ -86,12 +98,10 @@ class IsotropicTransformer(nnx.Module):
     layers.check_images(images, self.image_size)
     rngs = layers.runtime_rngs(train, rngs, *self.drop_rates)
     tokens = self.patch_embed(images, train=train)
-    x = drop(self.pos_drop, layers.add_cls_token(tokens, self.cls_token[...], self.pos_embed[...]), rngs)
+    x = drop(self.pos_drop, layers.add_cls_token(tokens, self.learned_tokens(), self.pos_embed[...]), rngs)
     out = {}
     for i, block in enumerate(self.blocks):
       x, out[f"blocks.{i}.attn"] = layers.call(block, x, rngs, train=train, remat=self.remat)
       out[f"blocks.{i}"] = x
-    out["pre_logits"] = x = self.norm(x[:, 0])
-    if self.head is not None:
-      x = self.head(x)
-    return x, out
+    x, last = self.classify(x)
+    return x, out | last

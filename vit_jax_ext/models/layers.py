@@ -407,7 +407,10 @@ def call(block: Callable, *args, remat: bool, **static):
 
 
 def add_cls_token(tokens: jax.Array, cls_token: jax.Array, pos_embed: jax.Array) -> jax.Array:
-  """Returns [class token | tokens] + position embedding, (B, 1 + N, C), the residual stream, at least float32."""
+  """Returns [class token | tokens] + position embedding, (B, 1 + N, C), the residual stream, at least float32.
+
+  A distilled model has two tokens (1, 2, C) in place of one.
+  """
   dtype = widest(tokens.dtype)
-  cls_token = jnp.broadcast_to(cls_token.astype(dtype), (tokens.shape[0], 1, tokens.shape[-1]))
+  cls_token = jnp.broadcast_to(cls_token.astype(dtype), (tokens.shape[0], *cls_token.shape[1:]))
   return jnp.concatenate([cls_token, tokens.astype(dtype)], axis=1) + pos_embed.astype(dtype)

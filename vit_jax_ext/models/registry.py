@@ -20,7 +20,7 @@ from vit_jax_ext.models.cswin import CSWin
 from vit_jax_ext.models.deepvit import DeepViT
 from vit_jax_ext.models.layers import DepthwiseConv, MultiHeadAttention
 from vit_jax_ext.models.swin import Swin
-from vit_jax_ext.models.vit import VisionTransformer
+from vit_jax_ext.models.vit import DistilledTransformer, VisionTransformer
 from vit_jax_ext.rules import POSITIVE, RATE, SWITCH, TEXT, Rule, integer
 
 HALF = (0.5, 0.5, 0.5)
@@ -40,6 +40,9 @@ class Variant:
     multiply_adds: published multiply-adds of one forward pass, in 10^9; None where none was published.
     top1: published ImageNet-1k accuracy, percent; None where none was published.
     url: address of the authors' released weights.
+    hub: repository on the Hugging Face Hub that has the same weights as .safetensors, timm's: its name of the
+      architecture, a dot, a tag.
+    license: of these weights, as the Hub abbreviates it.
     mean, std: per-channel normalisation of images in [0, 1], the same at every size.
     crop: evaluation resizes the shorter side to image_size / crop and crops the centre.
     crops: side of the square images -> crop, where another one was published for another size; see `crop_at`.
@@ -53,6 +56,8 @@ class Variant:
   multiply_adds: float | None
   top1: float | None
   url: str | None = None
+  hub: str | None = None
+  license: str | None = None
   mean: tuple[float, float, float] = IMAGENET_MEAN
   std: tuple[float, float, float] = IMAGENET_STD
   crop: float = 0.875
@@ -80,26 +85,29 @@ def _crossvit(name: str, params: int, multiply_adds: float, top1: float, dim: in
     multi_conv=multi_conv,
   )
   url = f"https://github.com/IBM/CrossViT/releases/download/weights-0.1/{name}.pth"
+  hub = f"timm/{name.rpartition('_')[0]}_{image_size}.in1k"
   # no_decay is empty: the authors' rule names `pos_embed` and `cls_token`, their parameters are called `pos_embed.0`,
   # so it never matched and both were decayed.
   # crop is 0.875 at 408 pixels too: the default of the authors' main.py (--crop-ratio 256 / 224), which names no other.
   # timm takes 1.0 there, and measures 83.842 and 84.198 with the released weights, 0.3 above what was published.
-  return name, Variant(CrossViT, kwargs, image_size, params, multiply_adds, top1, url)
+  return name, Variant(CrossViT, kwargs, image_size, params, multiply_adds, top1, url, hub, "apache-2.0")
 
 
-def _deit(name: str, params: int, multiply_adds: float, top1: float, dim: int, num_heads: int, url: str):
+def _deit(name: str, params: int, multiply_adds: float | None, top1: float, dim: int, num_heads: int, digest: str):
   kwargs = dict(embed_dim=dim, depth=12, num_heads=num_heads, mlp_ratio=4)
-  url = f"https://dl.fbaipublicfiles.com/deit/{url}"
+  # The authors' rule, that of timm 0.3.2, names no `dist_token`, and it was decayed.
   # At 384 pixels the released weights of base reach the paper's 83.1 with crop 1.0 (timm: 83.108); the 82.890 of
   # README_deit.md is with 0.875, the default of the authors' main.py.
   return name, Variant(
-    VisionTransformer,
+    DistilledTransformer if "distilled" in name else VisionTransformer,
     kwargs,
     224,
     params,
     multiply_adds,
     top1,
-    url,
+    url=f"https://dl.fbaipublicfiles.com/deit/{name}-{digest}.pth",
+    hub=f"timm/{name}.fb_in1k",
+    license="apache-2.0",
     crops=_published_crops(name),
     no_decay=TOKEN_PARAMS,
   )
@@ -141,13 +149,15 @@ _CSWIN_SIZES = {
 
 
 def _swin(model: type[nnx.Module], name: str, params: int, multiply_adds: float, top1: float | None, url: str):
-  size = _SWIN_SIZES[name.rpartition("_")[2]]
+  size = name.rpartition("_")[2]
+  hub = f"timm/swin_{size}_patch4_window7_224.ms_in1k" if model is Swin else None
   no_decay = ("relative_position_bias_table",)
   # At 384 pixels the authors squeeze the whole image into the square (TEST.CROP: False), which we cannot. 1.0 is what
   # timm takes, and measures 84.478 with; 84.5 was published.
   return name, Variant(
-    model, size, 224, params, multiply_adds, top1, url, crops=_published_crops(name), no_decay=no_decay
-  )
+    model, _SWIN_SIZES[size], 224, params, multiply_adds, top1, url, hub, "mit" if hub else None,
+    crops=_published_crops(name), no_decay=no_decay,
+  )  # fmt: skip
 
 
 def _cswin(model: type[nnx.Module], name: str, params: int, multiply_adds: float, top1: float | None, url: str):
@@ -174,9 +184,12 @@ VARIANTS: dict[str, Variant] = dict(
     _crossvit("crossvit_18_dagger_224", 44_266_976, 9.5, 82.8, 224, 7, 6, 3, True),
     _crossvit("crossvit_15_dagger_384", 28_500_080, 21.4, 83.5, 192, 6, 5, 3, True, 408),
     _crossvit("crossvit_18_dagger_384", 44_606_560, 32.4, 83.9, 224, 7, 6, 3, True, 408),
-    _deit("deit_tiny_patch16_224", 5_717_416, 1.3, 72.2, 192, 3, "deit_tiny_patch16_224-a1311bcf.pth"),
-    _deit("deit_small_patch16_224", 22_050_664, 4.6, 79.8, 384, 6, "deit_small_patch16_224-cd65a155.pth"),
-    _deit("deit_base_patch16_224", 86_567_656, 17.6, 81.8, 768, 12, "deit_base_patch16_224-b5f2ef4d.pth"),
+    _deit("deit_tiny_patch16_224", 5_717_416, 1.3, 72.2, 192, 3, "a1311bcf"),
+    _deit("deit_small_patch16_224", 22_050_664, 4.6, 79.8, 384, 6, "cd65a155"),
+    _deit("deit_base_patch16_224", 86_567_656, 17.6, 81.8, 768, 12, "b5f2ef4d"),
+    _deit("deit_tiny_distilled_patch16_224", 5_910_800, None, 74.5, 192, 3, "b40b3cf7"),
+    _deit("deit_small_distilled_patch16_224", 22_436_432, None, 81.2, 384, 6, "649709d9"),
+    _deit("deit_base_distilled_patch16_224", 87_338_192, None, 83.4, 768, 12, "df68dfff"),
     _deepvit_baseline("vit_16b", 24_423_784, 78.88, 16),
     _deepvit_baseline("vit_24b", 36_257_128, 79.35, 24),
     _deepvit_baseline("vit_32b", 48_090_472, 79.27, 32),
@@ -245,6 +258,16 @@ def _options(model: type[nnx.Module]) -> dict[str, Any]:
       parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY
     }
   return options
+
+
+def hyperparameters(spec: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns all keyword arguments of a model's class: the spec's overrides, else the variant's, else its defaults.
+
+  Args:
+    spec: `name` and `overrides` of the model, as in config.model.
+  """
+  variant = get_variant(spec["name"])
+  return _options(variant.model) | variant.kwargs | dict(spec["overrides"])
 
 
 # What an option may be; where a variant has a list, it is a list. Names are checked where they are looked up.

@@ -72,8 +72,8 @@ def learning_rate_schedule(
 
 
 def classifier_mask(params: dict) -> dict:
-  """Tells which parameters are the classifier's (CrossViT has two)."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == "head", params)
+  """Tells which parameters are the classifier's (CrossViT has two heads, and a distilled DeiT)."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key in ("head", "head_dist"), params)
 
 
 # Stage and block in a parameter's name, of CrossViT, Swin and CSWin. What has a stage but no block ends the stage, as
@@ -96,7 +96,7 @@ def layer_scales(params: dict, decay: float) -> dict:
   def place(path) -> tuple[float, ...]:
     """Sorts as the layers follow each other."""
     name = ".".join(str(part.key) for part in path) + "."
-    if name.startswith(("head.", "norm.")):
+    if name.startswith(("head.", "head_dist.", "norm.")):
       return (math.inf,)
     match = next(filter(None, (re.match(pattern, name) for pattern in _LAYERS)), None)
     return (*map(int, match.groups()), math.inf)[:2] if match else (-1,)
