@@ -75,8 +75,8 @@ def load_pretrained(model: nnx.Module, source: Source, *, keep_classifier: bool 
     source: a file (.pth, .pt, .pth.tar, .safetensors, Google's .npz; also https://...), a run's workdir or one of its
       checkpoints, either also in a bucket (gs://...); hf://OWNER/NAME[@REVISION][/FILE] on the Hugging Face Hub, or a
       folder of such a repository; a mapping, the authors' state dict; or True for what was published for this variant,
-      downloaded once. A file does not tell the shape of its grid of patches: where their
-      number differs from the model's it is taken to be square.
+      downloaded once. Files that are not ours do not tell the shape of their grid of patches:
+      where their number differs from the model's it is taken to be square.
     keep_classifier: refuse weights for another number of classes.
 
   Returns:
@@ -87,13 +87,21 @@ def load_pretrained(model: nnx.Module, source: Source, *, keep_classifier: bool 
       or type; a value that is not finite. The model is then unchanged.
   """
   variant = getattr(model, "variant", type(model).__name__)  # a class may be used without its registered name
-  return fill(model, *read_source(source, variant), keep_classifier=keep_classifier)
+  return fill(model, *read_source(source, variant), keep_classifier=keep_classifier, aspect=aspect_of(source))
 
 
 def fill(
-  model: nnx.Module, weights: Mapping[str, np.ndarray], where: str, *, keep_classifier: bool = False
+  model: nnx.Module,
+  weights: Mapping[str, np.ndarray],
+  where: str,
+  *,
+  keep_classifier: bool = False,
+  aspect: float = 1.0,
 ) -> LoadReport:
-  """Does what `load_pretrained` does with what `read_source` has read: weights, and what to call them."""
+  """Does what `load_pretrained` does with what `read_source` has read: weights, and what to call them.
+
+  `aspect` is height over width of the images that they were trained on, see `aspect_of`.
+  """
   variant, weights = getattr(model, "variant", type(model).__name__), dict(weights)
   report, filled = LoadReport(where), {}
   missing, misfits = [], []
@@ -112,7 +120,7 @@ def fill(
       if _CLASSIFIER.fullmatch(name) and array.shape[:-1] == variable.shape[:-1] and not keep_classifier:
         report.reinitialized.append(name)
         continue
-      resized = _resize(model, path, array, variable.shape)
+      resized = _resize(model, path, array, variable.shape, aspect)
       if resized is None:
         shapes = (_torch_shape(path, shape) for shape in (array.shape, variable.shape))
         misfits.append("{} has shape {} instead of {}".format(name, *shapes))
@@ -163,13 +171,19 @@ def read_source(source: Source, variant: str) -> tuple[dict[str, np.ndarray], st
 def read_description(source: Any) -> dict[str, Any] | None:
   """Returns what weights tell of themselves, see `description.describe`; None if they do not.
 
+  Thresholds are those of the weights that `load_pretrained` takes.
+
   Args:
     source: a run's workdir, one of its checkpoints, or a .safetensors file that `convert` or `export` wrote.
   """
   if not isinstance(source, (str, os.PathLike)):
     return None
   if workdir := _workdir_of(source):
-    return description.read(workdir)
+    about = description.read(workdir)
+    if about and "thresholds" in about and (found := checkpoint.find_weights(os.fspath(source))):
+      step, item, _ = found
+      about["thresholds"] = description.thresholds(about, step, ema=item == "ema")
+    return about
   path = pathlib.Path(source).expanduser()
   if path.suffix != ".safetensors" or not path.is_file():
     return None
@@ -178,6 +192,13 @@ def read_description(source: Any) -> dict[str, Any] | None:
       return json.loads((file.metadata() or {}).get(METADATA, "null"))
   except Exception:  # whoever reads the weights will say what is wrong
     return None
+
+
+def aspect_of(source: Any) -> float:
+  """Returns height over width of the images that weights were trained on; 1 if they do not tell."""
+  size = (read_description(source) or {}).get("image_size")
+  known = isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
+  return size[0] / size[1] if known else 1.0
 
 
 def _workdir_of(source: str | os.PathLike) -> str | None:
@@ -253,11 +274,13 @@ def _place(variable: nnx.Variable, array: np.ndarray) -> nnx.Variable:
   return variable.replace(jax.device_put(array, getattr(variable.get_value(), "sharding", None)))
 
 
-def _resize(model: nnx.Module, path: tuple, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+def _resize(
+  model: nnx.Module, path: tuple, array: np.ndarray, shape: tuple[int, ...], aspect: float
+) -> np.ndarray | None:
   """Interpolates a position embedding (1, 1 + N, C) or a table ((2 h - 1)(2 w - 1), heads); None for anything else."""
   if path[0] == "pos_embed" and array.ndim == 3 and array.shape[-1] == shape[-1]:
     grid = model.grids[path[1]] if len(path) > 1 else model.grid
-    tokens = _resize_grid(array[0, 1:], grid)
+    tokens = _resize_grid(array[0, 1:], grid, aspect)
     return None if tokens is None else np.concatenate([array[:, :1], tokens[None]], axis=1)
   if path[-1] == "relative_position_bias_table" and array.ndim == 2 and array.shape[-1] == shape[-1]:
     window = _module(model, path[:-1]).window
@@ -271,13 +294,16 @@ def _resize(model: nnx.Module, path: tuple, array: np.ndarray, shape: tuple[int,
   return None
 
 
-def _resize_grid(rows: np.ndarray, grid: tuple[int, int]) -> np.ndarray | None:
-  """Interpolates (side * side, C) to (prod(grid), C); None if the source is not square."""
-  side = math.isqrt(len(rows))
-  if side < 1 or side * side != len(rows):
+def _resize_grid(cells: np.ndarray, grid: tuple[int, int], aspect: float = 1.0) -> np.ndarray | None:
+  """Interpolates (rows * columns, C) to (prod(grid), C); None if there is no grid of this aspect."""
+  count = len(cells)
+  rows = [rows for rows in range(1, count + 1) if count % rows == 0]
+  # A side is whole patches, and CrossViT resizes for its large ones, so a grid has the aspect of its images but nearly.
+  rows = min(rows, key=lambda rows: abs(math.log(rows * rows / count / aspect)), default=0)
+  if not rows or (aspect == 1 and rows * rows != count):
     return None
-  resized = layers.resize_bicubic(jnp.asarray(rows).reshape(side, side, -1), grid)
-  return np.asarray(resized).reshape(-1, rows.shape[-1])
+  resized = layers.resize_bicubic(jnp.asarray(cells).reshape(rows, count // rows, -1), grid)
+  return np.asarray(resized).reshape(-1, cells.shape[-1])
 
 
 def _module(model: nnx.Module, path: tuple) -> Any:
@@ -308,7 +334,7 @@ def convert(source: Source, target: str | os.PathLike, spec: Mapping[str, Any], 
     model = registry.abstract_model(spec, saved_classes)
   else:  # a new classifier needs initial values
     model = registry.create_model(spec["name"], num_classes=num_classes, rngs=nnx.Rngs(0), **spec["overrides"])
-  report = fill(model, weights, where)
+  report = fill(model, weights, where, aspect=aspect_of(source))
   num_classes = saved_classes if num_classes is None else num_classes
   save_pretrained(model, target, redescribe(source, where, spec, num_classes))
   return report
@@ -325,8 +351,11 @@ def redescribe(
     spec, num_classes, crop: see `description.describe`.
   """
   known = read_description(source) or {}
-  names = known.get("class_names") if known.get("num_classes") == num_classes else None
-  about = description.describe(spec, num_classes, names, crop or known.get("crop"))
+  same = known if known.get("num_classes") == num_classes else {}
+  names, multi_label = same.get("class_names"), same.get("multi_label", False)
+  about = description.describe(spec, num_classes, names, crop or known.get("crop"), multi_label)
+  if multi_label:
+    about["thresholds"] = same.get("thresholds")
   return about | {"from": known.get("from", origin), "made_by": description.made_by()}
 
 

@@ -236,10 +236,12 @@ class FolderDataset(Dataset):
     return self._at(split, chosen).map(lambda _, example: example)
 
   def _per_class(self, split: str) -> str:
-    counts = collections.Counter(label for image in self._select(split) for label in image.labels).most_common()
-    if not counts:
+    counts = collections.Counter(dict.fromkeys(self.class_names, 0) if self.multi_label else {})
+    counts.update(label for image in self._select(split) for label in image.labels)
+    if not any(counts.values()):
       raise UserError(f"split {split!r} of {self.name} has no image with a label; choose another one")
-    (most, largest), (least, smallest) = counts[0], counts[-1]
+    listed = counts.most_common()
+    (most, largest), (least, smallest) = listed[0], listed[-1]
     return f" ({smallest:,} of {least} to {largest:,} of {most})"
 
 

@@ -177,8 +177,8 @@ def hold_out(images: Sequence[Image], split: str) -> list[Image] | None:
   held, decided = set(), set()
   for members in sorted(by_class.values(), key=len):  # rare ones first: what has several labels is theirs
     members = sorted(members, key=lambda image: hashlib.sha256(f"{seed}/".encode() + image.digest).digest())
-    count = max(round(len(members) * percent / 100), min(1, percent, len(members) - 1)) - len(held.intersection(members))
+    count = max(round(len(members) * percent / 100), min(1, percent, len(members) - 1))
     free = [image for image in members if image not in decided]
-    held.update(free[: max(0, count)])
+    held.update(free[: max(0, count - len(held.intersection(members)))])
     decided.update(free)
   return [image for image in images if (image in held) == (which == "holdout")]
