@@ -1,10 +1,11 @@
-"""Fine-tunes released weights on a dataset of yours: any TFDS classification dataset, or a folder of images by class.
+"""Fine-tunes released weights on a dataset of yours: any TFDS classification dataset, or a folder of images.
 
 Run: python main.py --config=configs/finetune.py:VARIANT,DATASET --workdir=DIR --config.pretrained=SOURCE
 VARIANT: any name of vit_jax_ext.list_models(). DATASET: a TFDS name, or a folder (written with a slash, as ./flowers)
-with CLASS/image.jpg or SPLIT/CLASS/image.jpg. SOURCE: a file, a run's workdir, or True for the published weights, which
-is the default. Another resolution: --config.model.overrides.image_size=384. Layer-wise decay of the learning rate:
---config.optimizer.layer_decay=0.75. Linear probe: --config.linear_probe=True --config.optimizer.learning_rate=1e-2.
+with CLASS/image.jpg or SPLIT/CLASS/image.jpg; or with labels.csv, where images have any number of labels. SOURCE: a
+file, a run's workdir, or True for the published weights, which is the default. Another resolution:
+--config.model.overrides.image_size=384. Layer-wise decay of the learning rate: --config.optimizer.layer_decay=0.75.
+Linear probe: --config.linear_probe=True --config.optimizer.learning_rate=1e-2.
 Hardware: one accelerator.
 
 The values are a plain start for small datasets, no paper's.
@@ -30,15 +31,19 @@ def get_config(argument: str = "crossvit_tiny_224,digits"):
 
   config.dataset.name = dataset
   config.dataset.eval_split = "test"
+  config.augment.crop_scale = (0.35, 1.0)
   if "/" in dataset:
-    splits = os.listdir(os.path.expanduser(dataset)) if os.path.isdir(os.path.expanduser(dataset)) else []
+    folder = os.path.expanduser(dataset)
+    splits = os.listdir(folder) if os.path.isdir(folder) else []
     named = [split for split in ("validation", "val", "test") if split in splits]
     if "train" in splits and named:
       config.dataset.eval_split = named[0]
     else:  # classes alone
       config.dataset.train_split, config.dataset.eval_split = "train[:90%]", "train[90%:]"
+    if any(os.path.isfile(os.path.join(folder, split, "labels.csv")) for split in ("", "train")):
+      config.label_smoothing = 0.0  # most of many labels are 0, and would be pulled to 1/2
+      config.augment.crop_scale = (0.7, 1.0)  # a smaller crop loses what the labels name
 
-  config.augment.crop_scale = (0.35, 1.0)
   config.augment.flip = 0.0 if dataset == "digits" else 0.5  # switch it off where left and right differ
 
   config.batch_size = 64

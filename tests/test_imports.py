@@ -24,6 +24,7 @@ attention.similarity  attention.figures  compare.report  compare.benchmark
 compare.charts  compare.results  compare.runs  compare.cost
 training.train  training.predict  export  publish
 training.evaluate  training.ahead
+training.multi_label
 training.weights
 training.experiment
 training.train_step  training.mixup  training.faults  training.waiting  training.accelerators

@@ -13,6 +13,7 @@ import torch
 
 import vit_jax_ext as vx
 from vit_jax_ext.models.crossvit import CrossViT
+from vit_jax_ext.workdir import description
 
 DEPTH = ((1, 1),)  # one multi-scale block, so that creating the model is quick
 
@@ -283,3 +284,29 @@ def test_shapes_are_told_as_the_authors_have_them(tmp_path):
   vx.save_pretrained(vx.create_model("vit_16b", embed_dim=8, **small), tmp_path / "x.safetensors")
   with pytest.raises(vx.UserError, match=r"fc1.weight has shape \(24, 8\) instead of \(48, 16\)"):
     vx.load_pretrained(vx.create_model("vit_16b", embed_dim=16, **small), tmp_path / "x.safetensors")
+
+
+def test_weights_of_ours_tell_the_shape_of_their_grid(tmp_path):
+  """64 patches of 16x4 are none of 8x8; files of others are square."""
+  kw = dict(patch_size=(4, 8), embed_dim=(8, 16), num_heads=(2, 2), depth=((1, 1),), mlp_ratio=(1, 1))
+  source = vx.create_model("crossvit_tiny_224", num_classes=3, rngs=nnx.Rngs(0), image_size=(64, 16), **kw)
+  assert source.grids == ((16, 4), (7, 2))
+  about = description.describe({"name": "crossvit_tiny_224", "overrides": {"image_size": (64, 16)} | kw}, 3, None, None)
+  vx.save_pretrained(source, tmp_path / "ours.safetensors", about)
+  model = abstract("crossvit_tiny_224", num_classes=3, image_size=(96, 48), **kw)
+  assert sorted(vx.load_pretrained(model, tmp_path / "ours.safetensors").resized) == ["pos_embed.0", "pos_embed.1"]
+  for branch, (of_source, of_model) in enumerate(zip(source.grids, model.grids, strict=True)):
+    rows = np.asarray(source.pos_embed[branch][0, 1:])
+    tensor = torch.from_numpy(rows).reshape(1, *of_source, -1).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(tensor, size=of_model, mode="bicubic", align_corners=False)
+    expected = expected.permute(0, 2, 3, 1).reshape(-1, rows.shape[-1])
+    np.testing.assert_allclose(model.pos_embed[branch][0, 1:], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [None, "64", [64], [64, 0], [64, "16"], {}])
+def test_a_size_that_is_none_is_not_believed(size, tmp_path):
+  model = vx.create_model("vit_16b", num_classes=3, rngs=nnx.Rngs(0), image_size=8, patch_size=4, embed_dim=8,
+                          num_heads=2, depth=1)  # fmt: skip
+  vx.save_pretrained(model, tmp_path / "x.safetensors", {"image_size": size})
+  larger = abstract("vit_16b", num_classes=3, image_size=16, patch_size=4, embed_dim=8, num_heads=2, depth=1)
+  assert vx.load_pretrained(larger, tmp_path / "x.safetensors").resized == ["pos_embed"]

@@ -27,7 +27,7 @@ KEYS = {
   "pretrained": Key(
     Rule(object, optional=True), "weights: a file, a run's workdir, True for the published ones, None for random ones"
   ),
-  "dataset.name": Key(TEXT, "of TFDS, or a folder of images by class, written with a slash"),
+  "dataset.name": Key(TEXT, "of TFDS, or a folder of images by class or with labels.csv, written with a slash"),
   "dataset.data_dir": Key(Rule(str, optional=True), "of TFDS; None: ~/tensorflow_datasets"),
   "dataset.train_split": Key(TEXT, "such as train or train[:90%]"),
   "dataset.eval_split": Key(TEXT, "such as validation, test or train[90%:]"),
@@ -70,7 +70,7 @@ KEYS = {
   "optimizer.accumulation_steps": Key(integer(1), "parts of a batch, one after another"),
   "optimizer.layer_decay": Key(Rule(above=0, most=1), "factor of the learning rate from each layer to the one before"),
   "linear_probe": Key(SWITCH, "train the classifier alone"),
-  "label_smoothing": Key(RATE, "share of the target that is spread over all classes"),
+  "label_smoothing": Key(RATE, "share of the target that is spread over all classes; of several labels: that is 1/2"),
   "cosine_regularizer.weight": Key(NOT_NEGATIVE, "of the similarity of neighbouring blocks' attention maps"),
   "cosine_regularizer.blocks": Key(integer(0, nesting=1, empty=True), "block i is compared with i + 1"),
   "ema_decay": Key(RATE, "of the averaged weights; 0: none"),

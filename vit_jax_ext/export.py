@@ -18,7 +18,15 @@ import numpy as np
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.files import replace, write_json
 from vit_jax_ext.models import functional, registry
-from vit_jax_ext.pretrained import count_classes, fill, load_pretrained, read_source, redescribe, save_pretrained
+from vit_jax_ext.pretrained import (
+  aspect_of,
+  count_classes,
+  fill,
+  load_pretrained,
+  read_source,
+  redescribe,
+  save_pretrained,
+)
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-4  # of logits computed twice, relative to the largest
@@ -79,7 +87,7 @@ def _load(spec: Mapping[str, Any], source: Any) -> tuple[nnx.Module, int, str]:
   weights, where = read_source(source, spec["name"])
   num_classes = count_classes(weights)
   model = registry.abstract_model(spec, num_classes)
-  fill(model, weights, where)
+  fill(model, weights, where, aspect=aspect_of(source))
   return model, num_classes, where
 
 

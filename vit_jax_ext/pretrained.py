@@ -77,8 +77,8 @@ def load_pretrained(model: nnx.Module, source: Source, *, keep_classifier: bool 
       checkpoints, either also in a bucket (gs://...); hf://OWNER/NAME[@REVISION][/FILE] on the Hugging Face Hub, or a
       folder of such a repository; a mapping, the authors' state dict; or True for what was published for this variant,
       downloaded once. Names may also be timm's, those of Transformers' ViT, DeiT and Swin, and what torch.compile,
-      DataParallel and Lightning make of them. A file does not tell the shape of its grid of patches: where their
-      number differs from the model's it is taken to be square.
+      DataParallel and Lightning make of them. Files that are not ours do not tell the shape of their grid of patches:
+      where their number differs from the model's it is taken to be square.
     keep_classifier: refuse weights for another number of classes, or without a classifier.
 
   Returns:
@@ -89,13 +89,21 @@ def load_pretrained(model: nnx.Module, source: Source, *, keep_classifier: bool 
       or type; a value that is not finite. The model is then unchanged.
   """
   variant = getattr(model, "variant", type(model).__name__)  # a class may be used without its registered name
-  return fill(model, *read_source(source, variant), keep_classifier=keep_classifier)
+  return fill(model, *read_source(source, variant), keep_classifier=keep_classifier, aspect=aspect_of(source))
 
 
 def fill(
-  model: nnx.Module, weights: Mapping[str, np.ndarray], where: str, *, keep_classifier: bool = False
+  model: nnx.Module,
+  weights: Mapping[str, np.ndarray],
+  where: str,
+  *,
+  keep_classifier: bool = False,
+  aspect: float = 1.0,
 ) -> LoadReport:
-  """Does what `load_pretrained` does with what `read_source` has read: weights, and what to call them."""
+  """Does what `load_pretrained` does with what `read_source` has read: weights, and what to call them.
+
+  `aspect` is height over width of the images that they were trained on, see `aspect_of`.
+  """
   variant, weights = getattr(model, "variant", type(model).__name__), dict(weights)
   report, filled = LoadReport(where), {}
   headless = not any(map(_CLASSIFIER.fullmatch, weights))
@@ -116,7 +124,7 @@ def fill(
       if _CLASSIFIER.fullmatch(name) and array.shape[:-1] == variable.shape[:-1] and not keep_classifier:
         report.reinitialized.append(name)
         continue
-      resized = _resize(model, path, array, variable.shape)
+      resized = _resize(model, path, array, variable.shape, aspect)
       if resized is None:
         shapes = (_torch_shape(path, shape) for shape in (array.shape, variable.shape))
         misfits.append("{} has shape {} instead of {}".format(name, *shapes))
@@ -178,6 +186,8 @@ def _published(variant: str) -> str:
 def read_description(source: Any) -> dict[str, Any] | None:
   """Returns what weights tell of themselves, see `description.describe`; None if they do not.
 
+  Thresholds are those of the weights that `load_pretrained` takes.
+
   Args:
     source: a run's workdir, one of its checkpoints, or what `convert` or `export` wrote, a .safetensors file or its
       folder.
@@ -187,7 +197,11 @@ def read_description(source: Any) -> dict[str, Any] | None:
   path = pathlib.Path(source).expanduser()
   path = hub.in_folder(path) or path
   if workdir := workdir_of(path):
-    return description.read(workdir)
+    about = description.read(workdir)
+    if about and "thresholds" in about and (found := checkpoint.find_weights(os.fspath(path))):
+      step, item, _ = found
+      about["thresholds"] = description.thresholds(about, step, ema=item == "ema")
+    return about
   if path.suffix != ".safetensors" or not path.is_file():
     return None
   try:
@@ -195,6 +209,13 @@ def read_description(source: Any) -> dict[str, Any] | None:
       return json.loads((file.metadata() or {}).get(METADATA, "null"))
   except Exception:  # whoever reads the weights will say what is wrong
     return None
+
+
+def aspect_of(source: Any) -> float:
+  """Returns height over width of the images that weights were trained on; 1 if they do not tell."""
+  size = (read_description(source) or {}).get("image_size")
+  known = isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
+  return size[0] / size[1] if known else 1.0
 
 
 def workdir_of(source: str | os.PathLike) -> str | None:
@@ -254,12 +275,14 @@ def _place(variable: nnx.Variable, array: np.ndarray) -> nnx.Variable:
   return variable.replace(jax.device_put(array, getattr(variable.get_value(), "sharding", None)))
 
 
-def _resize(model: nnx.Module, path: tuple, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+def _resize(
+  model: nnx.Module, path: tuple, array: np.ndarray, shape: tuple[int, ...], aspect: float
+) -> np.ndarray | None:
   """Interpolates a position embedding (1, tokens, C) or a table ((2 h - 1)(2 w - 1), heads); None for anything else."""
   if path[0] == "pos_embed" and array.ndim == 3 and array.shape[-1] == shape[-1]:
     grid = model.grids[path[1]] if len(path) > 1 else model.grid
     learned = shape[1] - math.prod(grid)  # tokens before those of the patches
-    tokens = _resize_grid(array[0, learned:], grid)
+    tokens = _resize_grid(array[0, learned:], grid, aspect)
     return None if tokens is None else np.concatenate([array[:, :learned], tokens[None]], axis=1)
   if path[-1] == "relative_position_bias_table" and array.ndim == 2 and array.shape[-1] == shape[-1]:
     window = _module(model, path[:-1]).window
@@ -273,13 +296,16 @@ def _resize(model: nnx.Module, path: tuple, array: np.ndarray, shape: tuple[int,
   return None
 
 
-def _resize_grid(rows: np.ndarray, grid: tuple[int, int]) -> np.ndarray | None:
-  """Interpolates (side * side, C) to (prod(grid), C); None if the source is not square."""
-  side = math.isqrt(len(rows))
-  if side < 1 or side * side != len(rows):
+def _resize_grid(cells: np.ndarray, grid: tuple[int, int], aspect: float = 1.0) -> np.ndarray | None:
+  """Interpolates (rows * columns, C) to (prod(grid), C); None if there is no grid of this aspect."""
+  count = len(cells)
+  rows = [rows for rows in range(1, count + 1) if count % rows == 0]
+  # A side is whole patches, and CrossViT resizes for its large ones, so a grid has the aspect of its images but nearly.
+  rows = min(rows, key=lambda rows: abs(math.log(rows * rows / count / aspect)), default=0)
+  if not rows or (aspect == 1 and rows * rows != count):
     return None
-  resized = layers.resize_bicubic(jnp.asarray(rows).reshape(side, side, -1), grid)
-  return np.asarray(resized).reshape(-1, rows.shape[-1])
+  resized = layers.resize_bicubic(jnp.asarray(cells).reshape(rows, count // rows, -1), grid)
+  return np.asarray(resized).reshape(-1, cells.shape[-1])
 
 
 def _module(model: nnx.Module, path: tuple) -> Any:
@@ -323,7 +349,7 @@ def load_anew(
     model = registry.abstract_model(spec, saved_classes)
   else:  # a new classifier needs initial values
     model = registry.create_model(spec["name"], num_classes=num_classes, rngs=nnx.Rngs(0), **spec["overrides"])
-  report = fill(model, weights, where)
+  report = fill(model, weights, where, aspect=aspect_of(source))
   num_classes = saved_classes if num_classes is None else num_classes
   return model, report, redescribe(source, where, spec, num_classes)
 
@@ -339,8 +365,11 @@ def redescribe(
     spec, num_classes, crop: see `description.describe`.
   """
   known = read_description(source) or {}
-  names = known.get("class_names") if known.get("num_classes") == num_classes else None
-  about = description.describe(spec, num_classes, names, crop or known.get("crop"))
+  same = known if known.get("num_classes") == num_classes else {}
+  names, multi_label = same.get("class_names"), same.get("multi_label", False)
+  about = description.describe(spec, num_classes, names, crop or known.get("crop"), multi_label)
+  if multi_label:
+    about["thresholds"] = same.get("thresholds")
   return about | {"from": known.get("from", origin), "made_by": description.made_by()}
 
 

@@ -360,3 +360,19 @@ def test_bad_datasets(name, words, data_dir):
 def test_bad_split(dataset):
   with pytest.raises(vx.UserError, match=r"validation.*test, train"):
     dataset.num_examples("validation")
+
+
+@pytest.mark.parametrize("size", [(64, 32), (32, 64), (48, 48)])
+def test_crops_are_not_squeezed(size):
+  """By 3/4 to 4/3 at most, whatever the shape of the model's images: read from an image of its own coordinates."""
+  coordinates = np.indices((256, 256))
+  image = np.stack([*coordinates, np.zeros((256, 256))], axis=-1).astype(np.uint8)
+  file = io.BytesIO()
+  PIL.Image.fromarray(image).save(file, "PNG")
+  augmentation = input_pipeline.train_augmentation(PLAIN | {"crop_scale": (0.1, 0.3)}, size, (0, 0, 0), 0.0, 0.0)
+  stretched = []
+  for seed in range(20):
+    crop = augmentation(file.getvalue(), tf.constant([0, seed], tf.int64)).numpy().astype(float)
+    down, right = crop[-5, 8, 0] - crop[4, 8, 0], crop[8, -5, 1] - crop[8, 4, 1]
+    stretched.append(down / (size[0] - 9) / (right / (size[1] - 9)))
+  assert 0.7 < min(stretched) < 0.9 and 1.1 < max(stretched) < 1.4

@@ -17,6 +17,7 @@ import pytest
 
 from configs import digits
 import main
+from tests import shapes
 from tests.training.five_steps import five_steps, relative
 from tests.training.test_train import weights
 import vit_jax_ext as vx
@@ -196,6 +197,25 @@ def test_processes_train_digits_together(processes, coordinator, tmp_path, data_
   scores = evaluate_weights(config, str(tmp_path))
   for name, value in scores.items():
     np.testing.assert_allclose(rows[-1][name], value, rtol=1e-5)
+
+
+def test_processes_rank_images_of_several_labels(coordinator, tmp_path):
+  """All images of all processes count, in batches that padding fills; as one process evaluates them."""
+  for split, count in (("train", 24), ("val", 13)):
+    shapes.write(tmp_path / "shapes" / split, count, seed=0)
+  options = [f"--workdir={tmp_path / 'run'}", f"--config.dataset.name={tmp_path / 'shapes'}",
+             "--config.dataset.eval_split=val", "--config.batch_size=8", *TINY]  # fmt: skip
+
+  def command(coordinator, processes, i):
+    together = [f"--coordinator={coordinator}", f"--num-processes={processes}", f"--process-id={i}"]
+    return ["main.py", "train", *together, *options]
+
+  start(2, 2, coordinator, command)
+  rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  scores = evaluate_weights(read_workdir_config(str(tmp_path / "run")), str(tmp_path / "run"))
+  assert scores["images"] == 13
+  for name in ("eval/loss", "eval/map"):
+    np.testing.assert_allclose(rows[-1][name], scores[name], rtol=1e-5)
 
 
 def test_one_process_is_preempted(coordinator, tmp_path, data_dir):

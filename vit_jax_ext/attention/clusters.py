@@ -18,7 +18,7 @@ from vit_jax_ext.models.boat import Boat, FeatureAttention
 from vit_jax_ext.models.cswin import StripeAttention
 from vit_jax_ext.models.functional import normalize, split_model
 from vit_jax_ext.models.swin import WindowAttention
-from vit_jax_ext.training.weights import load_weights, read_class_names
+from vit_jax_ext.training.weights import load_weights, read_classes
 
 
 def draw_clusters(
@@ -52,7 +52,7 @@ def draw_clusters(
     raise UserError(f"model {config.model.name} has no clusters in feature space; choose one of {', '.join(boats)}")
   spec, num_classes = config.model, 0
   if workdir:
-    num_classes = len(read_class_names(config, workdir))
+    num_classes = len(read_classes(config, workdir)["class_names"])
   model = registry.abstract_model(spec, num_classes)
   block, attention = _find(model, block)
   heads = range(min(3, attention.num_heads)) if heads is None else heads

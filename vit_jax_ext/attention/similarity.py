@@ -115,7 +115,8 @@ def summarize(sums: Mapping[str, np.ndarray], threshold: float, head_threshold: 
     threshold, head_threshold: which the sums were made with.
 
   Returns:
-    images, top1 (share of hits), blocks, heads, tokens, threshold, head_threshold: numbers.
+    images, top1 (share of hits; of several labels the likeliest may be any), blocks, heads, tokens, threshold,
+      head_threshold: numbers.
     similarity, ratio, feature_similarity: {"1": [L - 1 numbers], "2": [L - 2], "3": [L - 3]} by distance k, indexed by
       the lower block p.
     mean_similarity: the mean of `similarity["1"]`; None if there is one block.
@@ -186,8 +187,9 @@ def measure_similarity(
   @jax.jit
   def step(state, batch):
     logits, out = nnx.merge(graphdef, state)(normalize(batch["image"]), train=False)
-    hits = batch["mask"] & (jnp.argmax(logits, axis=-1) == batch["label"])
-    return batch_similarity(out, batch["mask"], threshold, head_threshold) | {"top1": jnp.sum(hits)}
+    best, label = jnp.argmax(logits, axis=-1), batch["label"]
+    hits = best == label if label.ndim == 1 else jnp.take_along_axis(label, best[:, None], axis=-1)[:, 0]
+    return batch_similarity(out, batch["mask"], threshold, head_threshold) | {"top1": jnp.sum(batch["mask"] & hits)}
 
   sums = None
   for batch in batches:

@@ -72,7 +72,7 @@ def _compare(models: list[str] | None, args: argparse.Namespace) -> None:
     models, args.workdir or (), args.output, batch_sizes=sizes, dtypes=dtypes, rounds=rounds
   )
   table = results.rows(compared)
-  keys = ("label", "batch_size", "dtype", "published_top1", "eval_top1", "params", "multiply_adds",
+  keys = ("label", "batch_size", "dtype", "published_top1", "eval_top1", "eval_map", "params", "multiply_adds",
           "forward_images_per_second", "training_images_per_second", "training_memory", "note")  # fmt: skip
   columns = [column for column in results.columns(table) if column.key in keys]
   shown = rich.table.Table(*(column.heading for column in columns))

@@ -1,5 +1,6 @@
 """Name the likeliest classes of image files; needs neither the dataset nor TensorFlow.
 
+Where images have several labels, all above their thresholds are named.
 IMAGE is a file, a folder (all that is in it), a pattern such as 'photos/*.jpg', or a text file with one name a line.
 Files that cannot be read are named, counted and left out. EXIF orientation is not looked at, as in training.
 """
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   commands.add_workdir(parser)
   commands.add_config(parser)
   parser.add_argument("--output", metavar="DIR", help="write predictions.json and .csv into it; or a FILE.json or .csv")
-  parser.add_argument("--top", metavar="N", default="5", help="classes of each image (default: 5)")
+  parser.add_argument("--top", metavar="N", help="classes of each image (default: 5; of labels, see above)")
   parser.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG, GIF, BMP or WebP, see above")
 
 
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
   from vit_jax_ext.images import find_images
   from vit_jax_ext.training.predict import predict
 
-  top_k = commands.positive("top", args.top)
+  top_k = commands.positive("top", args.top) if args.top is not None else None
   targets = _targets(args.output)
   for target in targets:
     check_new_file(target)
@@ -37,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
     print(prediction["image"])
     for name, probability in prediction["classes"].items():
       print(f"  {probability:7.2%}  {name}")
+    if not prediction["classes"]:
+      print("  no label is above its threshold")
   for complaint in unreadable:
     print(complaint, file=sys.stderr)
   if unreadable:
@@ -64,7 +67,7 @@ def _write(path: str, predictions: list[dict]) -> None:
   if name.endswith(".json"):
     write_json(folder or ".", name, predictions)
     return
-  columns = range(1, len(predictions[0]["classes"]) + 1)
+  columns = range(1, max(len(prediction["classes"]) for prediction in predictions) + 1)
   with replace(folder or ".", name) as file:
     writer = csv.writer(file)
     writer.writerow(["image", *(f"{what}_{i}" for i in columns for what in ("class", "probability"))])

@@ -286,6 +286,7 @@ def training_charts(runs: Sequence[Model]) -> Iterable[dict[str, Any]]:
   quantities = (
     ("train/loss", "Training loss", "loss", 1),
     ("eval/top1", "Top-1 during training", "top-1, %", 100),
+    ("eval/map", "Mean average precision during training", "mean average precision, %", 100),
     ("eval/ece", "Calibration error during training", "expected calibration error, %", 100),
   )
   for dataset in dict.fromkeys(run["run"]["dataset"] for run in runs):

@@ -49,7 +49,7 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     seconds = [row[f"{program}_compile_seconds"] for program in ("forward", "training")]
     row["compile_seconds"] = None if None in seconds else sum(seconds)
     row |= {key: run.get(key) for key in ("workdir", "dataset", "step")}
-    keys = ("eval/top1", "eval/ece", "eval_ema/top1", "eval_ema/ece")
+    keys = ("eval/top1", "eval/map", "eval/ece", "eval_ema/top1", "eval_ema/map", "eval_ema/ece")
     row |= {key.replace("/", "_"): scores.get(key) for key in keys}
     table.append(row | {"note": measurement.get("note")})
   return table
@@ -107,6 +107,7 @@ COLUMNS = (
   Column("image_size", "pixels", lambda row: row["image_size"], "Side of the images."),
   Column("published_top1", "accuracy, %", lambda row: f"{row['published_top1']:.1f}", "Published, on ImageNet-1k."),
   Column("eval_top1", "measured, %", _percent("eval_top1"), "Top-1 of the run's best checkpoint on its own dataset."),
+  Column("eval_map", "mAP, %", _percent("eval_map"), "Mean average precision, where images have several labels."),
   Column("params", "params, M", lambda row: f"{row['params'] / 1e6:.2f}", "Parameters, counted."),
   Column("multiply_adds", "multiply-adds", _metric("multiply_adds"),
          "Of one image, counted from matrix products and convolutions, as the papers do."),

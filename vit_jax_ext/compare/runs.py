@@ -9,7 +9,7 @@ from vit_jax_ext.workdir import analysis, checkpoint
 from vit_jax_ext.workdir.config import read_workdir_config
 from vit_jax_ext.workdir.metrics import read_metrics
 
-CURVES = ("train/loss", "eval/loss", "eval/top1", "eval_ema/top1", "eval/ece")
+CURVES = ("train/loss", "eval/loss", "eval/top1", "eval_ema/top1", "eval/map", "eval_ema/map", "eval/ece")
 POINTS = 200  # of a curve, at most
 FIGURES = ("attention_maps.png", "clusters.png")
 FIGURE_BYTES = 400_000  # of a figure, at most

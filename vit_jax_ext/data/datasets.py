@@ -1,4 +1,4 @@
-"""Image classification datasets as encoded examples: what TFDS knows, folders of images by class, synthetic ones."""
+"""Image classification datasets as encoded examples: what TFDS knows, folders of images, synthetic ones."""
 
 import abc
 import collections
@@ -14,7 +14,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from vit_jax_ext.config import is_folder
-from vit_jax_ext.data import digits, folders, records
+from vit_jax_ext.data import digits, folders, labels, records
 from vit_jax_ext.errors import RunError, UserError
 
 Lookup = Callable[[tf.Tensor], dict[str, tf.Tensor]]  # indices, int64 (n,), to image, label and name
@@ -36,12 +36,14 @@ class Dataset(abc.ABC):
     name: what the user calls it.
     version: what tells it from another of this name; a run goes on with the same alone.
     class_names: names of the classes; labels are their indices.
+    multi_label: whether an image may have any number of labels, not one class.
     remarks: what is left out and why, and what differs between splits.
   """
 
   name: str
   version: str
   class_names: Sequence[str]
+  multi_label: bool = False
   remarks: Sequence[str] = ()
 
   @abc.abstractmethod
@@ -56,8 +58,8 @@ class Dataset(abc.ABC):
   def lookup(self, split: str) -> Lookup | None:
     """Returns a function of indices, int64 (n,), to their examples; None if they can be read in their order alone.
 
-    An example is `image` encoded bytes; `label` int32, or bool (classes,) where several are valid (ImageNet-ReaL);
-    `name` that of the file, "" if the dataset does not keep it.
+    An example is `image` encoded bytes; `label` int32, or bool (classes,): which are its labels (`multi_label`), or
+    which are valid (ImageNet-ReaL); `name` that of the file, "" if the dataset does not keep it.
     """
 
   def examples(self, split: str, share: int = 0, shares: int = 1) -> tf.data.Dataset:
@@ -168,18 +170,18 @@ class TfdsDataset(Dataset):
 
 
 class FolderDataset(Dataset):
-  """A folder SPLIT/CLASS/image.jpg, or CLASS/image.jpg, which is the split "train" as a whole.
+  """A folder SPLIT/CLASS/image.jpg, or CLASS/image.jpg, which is the split "train" as a whole; or with `labels.FILE`.
 
   The order is that of the names' hashes: "train[:90%]" and "train[90%:]" both hold all classes. Of every class the same
   share have "rest:10%:0" and "holdout:10%:0", drawn with the seed at the end.
   """
 
-  def __init__(self, name: str, images: Sequence[folders.Image], remarks: Sequence[str]):
-    self.name, self._images = name, images
-    self.remarks = [*remarks, *folders.compare_splits(images)]
-    self.class_names = sorted({image.label for image in self._images})
-    self._labels = {class_name: i for i, class_name in enumerate(self.class_names)}
-    self.version = f"{len(self._images):,} images ({folders.fingerprint(self._images)})"
+  def __init__(self, name: str, listing: folders.Listing):
+    self.name, self._images, self.multi_label = name, listing.images, listing.multi_label
+    self.remarks = [*listing.remarks, *folders.compare_splits(self._images)]
+    self.class_names = sorted({label for image in self._images for label in image.labels})
+    self._indices = {class_name: i for i, class_name in enumerate(self.class_names)}
+    self.version = f"{len(self._images):,} images ({listing.fingerprint()})"
     self._splits: dict[str, list[folders.Image]] = {}
     for image in self._images:
       self._splits.setdefault(image.split, []).append(image)
@@ -205,27 +207,41 @@ class FolderDataset(Dataset):
   def lookup(self, split: str) -> Lookup:
     images = self._select(split)
     paths = tf.constant([image.path for image in images], tf.string)
-    labels = tf.constant([self._labels[image.label] for image in images], tf.int32)
+    label_of = self._multi_hot(images) if self.multi_label else self._class_indices(images)
 
     def find(indices):
       names = tf.gather(paths, indices)
-      return {"image": tf.map_fn(tf.io.read_file, names), "label": tf.gather(labels, indices), "name": names}
+      return {"image": tf.map_fn(tf.io.read_file, names), "label": label_of(indices), "name": names}
 
     return find
+
+  def _class_indices(self, images: Sequence[folders.Image]) -> Callable[[tf.Tensor], tf.Tensor]:
+    indices = tf.constant([self._indices[image.labels[0]] for image in images], tf.int32)
+    return lambda chosen: tf.gather(indices, chosen)
+
+  def _multi_hot(self, images: Sequence[folders.Image]) -> Callable[[tf.Tensor], tf.Tensor]:
+    flat = np.array([self._indices[label] for image in images for label in image.labels], np.int64)
+    indices = tf.RaggedTensor.from_row_lengths(flat, [len(image.labels) for image in images])
+    return lambda chosen: tf.sparse.to_indicator(tf.gather(indices, chosen).to_sparse(), len(self.class_names))
 
   def sample(self, split: str) -> tf.data.Dataset:
     per_class = max(SAMPLED_PER_CLASS, SAMPLED_OF_FOLDER // len(self.class_names))
     seen, chosen = collections.Counter(), []
     for index, image in enumerate(self._select(split)):
-      seen[image.label] += 1
-      if seen[image.label] <= per_class:
+      marks = image.labels or (None,)
+      seen.update(marks)
+      if any(seen[label] <= per_class for label in marks):
         chosen.append(index)
     chosen = tf.data.Dataset.from_tensor_slices(np.array(chosen, np.int64))
     return self._at(split, chosen).map(lambda _, example: example)
 
   def _per_class(self, split: str) -> str:
-    counts = collections.Counter(image.label for image in self._select(split)).most_common()
-    (most, largest), (least, smallest) = counts[0], counts[-1]
+    counts = collections.Counter(dict.fromkeys(self.class_names, 0) if self.multi_label else {})
+    counts.update(label for image in self._select(split) for label in image.labels)
+    if not any(counts.values()):
+      raise UserError(f"split {split!r} of {self.name} has no image with a label; choose another one")
+    listed = counts.most_common()
+    (most, largest), (least, smallest) = listed[0], listed[-1]
     return f" ({smallest:,} of {least} to {largest:,} of {most})"
 
 
@@ -268,8 +284,8 @@ def open_dataset(
   """Opens a dataset; prepares the embedded `digits` on first use.
 
   Args:
-    name: a TFDS name, e.g. "digits" or "imagenet2012:5.1.0"; a folder, written with a slash, e.g. "./flowers"; or
-      "synthetic".
+    name: a TFDS name, e.g. "digits" or "imagenet2012:5.1.0"; a folder, written with a slash, e.g. "./flowers", by class
+      or with labels.csv; or "synthetic".
     data_dir: where prepared TFDS datasets lie; None for TFDS's own default.
     told: calls a function on one of several hosts, and returns on all what it returned: that one lists and prepares.
 
@@ -280,12 +296,16 @@ def open_dataset(
     if not os.path.isdir(os.path.expanduser(name)):
       raise UserError(f"dataset {name} does not exist; give a folder of images by class, or the name of a TFDS dataset")
     if not told:
-      return FolderDataset(name, *folders.scan(name))
-    return FolderDataset(name, *folders.unpack(told(lambda: folders.pack(*folders.scan(name)))))
+      return FolderDataset(name, _scan(name))
+    return FolderDataset(name, folders.Listing.unpack(told(lambda: _scan(name).pack())))
   if name == "synthetic":
     return SyntheticDataset()
   told(lambda: _prepare(name, data_dir)) if told else _prepare(name, data_dir)
   return TfdsDataset(name, tfds.builder(name, data_dir=data_dir))
+
+
+def _scan(name: str) -> folders.Listing:
+  return labels.scan(name) if labels.are_there(name) else folders.scan(name)
 
 
 def convert(name: str, data_dir: str | None, folder: str | None) -> Iterator[tuple[int, int]]:

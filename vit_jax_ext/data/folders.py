@@ -1,7 +1,7 @@
 """A folder of images by class: what of it counts, what does not and why."""
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
 import json
@@ -20,16 +20,50 @@ HELD_OUT = re.compile(r"(holdout|rest):(\d{1,2})%:(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-  """A file, its class, and its split: "train" where the folder has none."""
+  """A file, its class or labels, and its split: "train" where the folder has none."""
 
   path: str
   split: str
-  label: str
+  labels: tuple[str, ...]
   digest: bytes  # of its name below the root, by which images are ordered
 
 
-def scan(name: str) -> tuple[list[Image], list[str]]:
-  """Returns the images of a folder SPLIT/CLASS/image.jpg or CLASS/image.jpg, and remarks on what is left out.
+@dataclasses.dataclass(frozen=True)
+class Listing:
+  """What a folder holds.
+
+  Attributes:
+    images: in the order of their digests.
+    remarks: on what is left out.
+    multi_label: whether an image may have any number of labels, see `labels.py`, or has one class.
+  """
+
+  images: Sequence[Image]
+  remarks: Sequence[str]
+  multi_label: bool = False
+
+  def pack(self) -> bytes:
+    """Returns it for other hosts; see `unpack`."""
+    rows = [(image.path, image.split, image.labels, image.digest.hex()) for image in self.images]
+    return zlib.compress(json.dumps([rows, self.remarks, self.multi_label]).encode(), level=1)
+
+  @classmethod
+  def unpack(cls, packed: bytes) -> "Listing":
+    """Returns what was packed."""
+    rows, remarks, multi_label = json.loads(zlib.decompress(packed))
+    images = [Image(path, split, tuple(labels), bytes.fromhex(digest)) for path, split, labels, digest in rows]
+    return cls(images, remarks, multi_label)
+
+  def fingerprint(self) -> str:
+    """Returns eight letters that tell whether these are the same files of the same classes."""
+    whole = hashlib.sha256(b"".join(image.digest for image in self.images))
+    if self.multi_label:  # else the names hold the classes
+      whole.update(json.dumps([image.labels for image in self.images]).encode())
+    return whole.hexdigest()[:8]
+
+
+def scan(name: str) -> Listing:
+  """Returns the images of a folder SPLIT/CLASS/image.jpg or CLASS/image.jpg.
 
   Links are followed. Hidden files and folders do not count.
 
@@ -40,7 +74,7 @@ def scan(name: str) -> tuple[list[Image], list[str]]:
   found: dict[int, list[tuple[str, ...]]] = collections.defaultdict(list)  # by depth
   skipped = collections.defaultdict(list)
   folders = []
-  for parts, kind in _walk(root, ()):
+  for parts, kind in walk(root):
     if kind == "image":
       found[len(parts)].append(parts)
     elif kind == "folder":
@@ -51,25 +85,31 @@ def scan(name: str) -> tuple[list[Image], list[str]]:
   depth = max((2, 3), key=lambda depth: len(found[depth]))
   stray = ["/".join(parts) for other in found if other != depth for parts in found[other]]
   if not found[depth]:
-    examples = _some(stray or [example for names in skipped.values() for example in names])
+    examples = some(stray or [example for names in skipped.values() for example in names])
     raise UserError(f"{shape}; move the files{f', such as {examples}' if examples else ''}")
   if len(stray) > STRAY * len(found[depth]):
     here = "/".join(found[depth][0])
-    raise UserError(f"{shape}: {here} is {depth - 1} deep, and {len(stray)} are not: {_some(stray)}; move them")
+    raise UserError(f"{shape}: {here} is {depth - 1} deep, and {len(stray)} are not: {some(stray)}; move them")
   if stray:
     skipped["at another depth than the others"] = stray
   classes = {parts for parts in folders if len(parts) == depth - 1}
   if empty := sorted(classes - {parts[:-1] for parts in found[depth]}):
     skipped["classes without an image"] = ["/".join(parts) for parts in empty]
-  remarks = [f"left out, {why}: {len(names)} ({_some(names)})" for why, names in skipped.items()]
   images = [
-    Image(os.path.join(root, *parts), parts[0] if depth == 3 else "train", parts[-2], _digest("/".join(parts)))
+    Image(os.path.join(root, *parts), parts[0] if depth == 3 else "train", parts[-2:-1], digest("/".join(parts)))
     for parts in found[depth]
   ]
-  return sorted(images, key=lambda image: image.digest), remarks
+  return Listing(sorted(images, key=lambda image: image.digest), left_out(skipped))
 
 
-def _walk(folder: str, parts: tuple[str, ...], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+def left_out(skipped: Mapping[str, Sequence[str]]) -> list[str]:
+  """Returns remarks on what does not count, by the reason."""
+  return [f"left out, {why}: {len(names)} ({some(names)})" for why, names in skipped.items()]
+
+
+def walk(
+  folder: str, parts: tuple[str, ...] = (), above: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], str]]:
   """Yields what lies below a folder: its path in parts and "image", "folder", or why it does not count."""
   here = os.path.realpath(folder)
   if here in above:  # a link to a folder that it lies in
@@ -85,7 +125,7 @@ def _walk(folder: str, parts: tuple[str, ...], above: tuple[str, ...] = ()) -> I
       yield path, "hidden"
     elif entry.is_dir():
       yield path, "folder"
-      yield from _walk(entry.path, path, (*above, here))
+      yield from walk(entry.path, path, (*above, here))
     elif not entry.is_file():
       yield path, "links to nothing"
     elif suffix in SUFFIXES:
@@ -96,29 +136,13 @@ def _walk(folder: str, parts: tuple[str, ...], above: tuple[str, ...] = ()) -> I
       yield path, "no images"
 
 
-def _digest(name: str) -> bytes:
+def digest(name: str) -> bytes:
+  """Returns that of a file's name below the root."""
   return hashlib.sha256(name.encode()).digest()
 
 
-def pack(images: Sequence[Image], remarks: Sequence[str]) -> bytes:
-  """Returns what `scan` has found, for other hosts; see `unpack`."""
-  rows = [(image.path, image.split, image.label, image.digest.hex()) for image in images]
-  return zlib.compress(json.dumps([rows, remarks]).encode(), level=1)
-
-
-def unpack(packed: bytes) -> tuple[list[Image], list[str]]:
-  """Returns what `pack` was given."""
-  rows, remarks = json.loads(zlib.decompress(packed))
-  return [Image(path, split, label, bytes.fromhex(digest)) for path, split, label, digest in rows], remarks
-
-
-def fingerprint(images: Sequence[Image]) -> str:
-  """Returns eight letters that tell whether these are the same files of the same classes."""
-  digest = hashlib.sha256(b"".join(image.digest for image in images))
-  return digest.hexdigest()[:8]
-
-
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+  """Returns the first of them for a message, and how many more there are."""
   rest = len(names) - NAMED
   return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -127,10 +151,10 @@ def compare_splits(images: Sequence[Image]) -> list[str]:
   """Returns remarks on classes that some splits have and others do not."""
   classes = collections.defaultdict(set)
   for image in images:
-    classes[image.split].add(image.label)
+    classes[image.split].update(image.labels)
   every = set().union(*classes.values())
   return [
-    f"{split} has no image of {len(lacking)} of {len(every)} classes ({_some(lacking)})"
+    f"{split} has no image of {len(lacking)} of {len(every)} classes ({some(lacking)})"
     for split in sorted(classes)
     if (lacking := sorted(every - classes[split]))
   ]
@@ -139,17 +163,22 @@ def compare_splits(images: Sequence[Image]) -> list[str]:
 def hold_out(images: Sequence[Image], split: str) -> list[Image] | None:
   """Returns one part of a stratified division, "holdout:10%:0" or "rest:10%:0"; None if `split` is none.
 
-  The number at the end is the seed. Each class gives its share, and at least one image where it has two.
+  The number at the end is the seed. Each class gives its share, and at least one image where it has two; where images
+  have several labels, classes are asked from the rarest on for what their share still lacks (Sechidis et al. 2011 in
+  its simplest form).
   """
   if not (match := HELD_OUT.fullmatch(split)):
     return None
   which, percent, seed = match[1], int(match[2]), match[3]
   by_class = collections.defaultdict(list)
   for image in images:
-    by_class[image.label].append(image)
-  held = set()
-  for members in by_class.values():
+    for label in image.labels or (None,):
+      by_class[label].append(image)
+  held, decided = set(), set()
+  for members in sorted(by_class.values(), key=len):  # rare ones first: what has several labels is theirs
     members = sorted(members, key=lambda image: hashlib.sha256(f"{seed}/".encode() + image.digest).digest())
     count = max(round(len(members) * percent / 100), min(1, percent, len(members) - 1))
-    held.update(members[:count])
+    free = [image for image in members if image not in decided]
+    held.update(free[: max(0, count - len(held.intersection(members)))])
+    decided.update(free)
   return [image for image in images if (image in held) == (which == "holdout")]

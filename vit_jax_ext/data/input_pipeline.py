@@ -21,7 +21,7 @@ from vit_jax_ext.errors import UserError
 # Seeds, int64 (n, 2), indices in the split, int64 (n,), and what `Dataset.lookup` says of them.
 Examples = tuple[tf.Tensor, tf.Tensor, dict[str, tf.Tensor]]
 
-Batch = dict[str, Any]  # image (B, H, W, 3) uint8, label (B,) int32; in evaluation also mask (B,) bool
+Batch = dict[str, Any]  # image (B, H, W, 3) uint8, label (B,) int32 or (B, classes) bool; mask (B,) bool
 
 # Encoded image and seed, int64 (2,), to uint8 (height, width, 3).
 Augmentation = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
@@ -32,6 +32,8 @@ def train_augmentation(
 ) -> Augmentation:
   """Returns the host's part of the augmentation: geometry and photometry, on uint8; the rest is `mixup.augment`'s.
 
+  Random crops have 3/4 to 4/3 of the results' aspect ratio.
+
   Args:
     augment: of the config: crop_scale, dct_scaling, interpolation, flip, randaugment, color_jitter.
     image_size: (height, width) of its results.
@@ -40,6 +42,7 @@ def train_augmentation(
   """
   policy = randaugment.parse(augment["randaugment"]) if augment["randaugment"] else None
   fill = tuple(min(255, round(255 * value)) for value in mean)
+  aspect = image_size[1] / image_size[0]  # timm has crops of about 1:1 for any size, and so squeezes what is no square
 
   def apply(encoded, seed):
     if augment["crop_scale"]:
@@ -48,6 +51,7 @@ def train_augmentation(
         image_size,
         seed,
         scale=augment["crop_scale"],
+        ratio=(3 / 4 * aspect, 4 / 3 * aspect),
         interpolation=augment["interpolation"],
         dct_scaling=augment.get("dct_scaling", False),
       )

@@ -72,8 +72,7 @@ def compile_program(config: ml_collections.ConfigDict, experiment: Experiment, p
 def find_program(config: ml_collections.ConfigDict, experiment: Experiment, program: str) -> tuple[Any, tuple, dict]:
   """Returns a jitted function, its abstract arguments, and the bytes of their parts on each device."""
   state, places = jax.eval_shape(experiment.init), experiment.places
-  images = jax.ShapeDtypeStruct((config.batch_size, *experiment.model.image_size, 3), jnp.uint8)
-  batch = {"image": images, "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)}
+  batch = experiment.abstract_batch(config.batch_size)
   parts = {"parameters": [(state.params, places.params), (state.stats, places.stats)]}
   if program == "train":
     parts["optimizer"] = [(state.opt_state, places.opt_state), (state.step, places.step)]
@@ -81,12 +80,12 @@ def find_program(config: ml_collections.ConfigDict, experiment: Experiment, prog
     function, arguments = experiment.train_step, (state, batch)
   elif program == "evaluate":
     batch["mask"] = jax.ShapeDtypeStruct((config.batch_size,), jnp.bool)
-    function = jit_eval_step(experiment.variant, experiment.model, experiment.layout)
+    function = jit_eval_step(experiment.variant, experiment.model, experiment.layout, experiment.multi_label)
     arguments = (state.params, state.stats, batch)
   else:
-    batch = {"image": images}
+    batch = {"image": batch["image"]}
     function = jit_probabilities(experiment.variant, experiment.model, experiment.layout)
-    arguments = (state.params, state.stats, images)
+    arguments = (state.params, state.stats, batch["image"])
   where = sharding.replicated(experiment.mesh) if program == "predict" else experiment.by_batch
   parts["batch"] = [(batch, jax.tree.broadcast(where, batch))]
   held = {name: sum(sharding.bytes_per_device(*pair) for pair in pairs) for name, pairs in parts.items()}

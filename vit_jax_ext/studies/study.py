@@ -199,6 +199,8 @@ def _read_cell(
 ) -> tuple[Cell, int]:
   """Returns a cell with what its runs have left in `folder`, and the number of images that it is tested on."""
   dataset = open_dataset(config.dataset.name, config.dataset.data_dir)
+  if dataset.multi_label:
+    raise UserError(f"dataset {dataset.name} has several labels an image; choose another, for studies compare top-1")
   tested = dataset.num_examples(config.dataset.eval_split)
   experiment = Experiment(config, len(dataset.class_names), dataset.num_examples(config.dataset.train_split))
   runs = []

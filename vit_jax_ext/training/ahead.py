@@ -22,7 +22,6 @@ from absl import logging
 import jax
 from jax._src.interpreters import pxla  # where programs are compiled; no public way leads past that
 from jax.experimental.compilation_cache import compilation_cache
-import jax.numpy as jnp
 import ml_collections
 
 from vit_jax_ext.config import flatten
@@ -53,11 +52,7 @@ def lower(experiment: Experiment, batch_size: int) -> dict[str, jax.stages.Lower
 
 def lower_train_step(experiment: Experiment, batch_size: int) -> jax.stages.Lowered:
   """Returns the training step, to be compiled; nothing is allocated."""
-  batch = {
-    "image": jax.ShapeDtypeStruct((batch_size, *experiment.model.image_size, 3), jnp.uint8),
-    "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-  }
-  return experiment.train_step.lower(jax.eval_shape(experiment.init), batch)
+  return experiment.train_step.lower(jax.eval_shape(experiment.init), experiment.abstract_batch(batch_size))
 
 
 @contextlib.contextmanager
@@ -88,7 +83,7 @@ def save(path: str, experiment: Experiment, config: ml_collections.ConfigDict, n
     programs = {name: program.compile().runtime_executable().serialize() for name, program in lowered.items()}
   header = {
     "circumstances": _circumstances(experiment),
-    "settings": _settings(config, num_classes, examples),
+    "settings": _settings(config, num_classes, examples, experiment.multi_label),
     "programs": {name: {"stablehlo": _digest(lowered[name]), "bytes": len(programs[name])} for name in programs},
   }
   content = b"\n".join([json.dumps(header).encode(), b"".join(programs.values())])
@@ -114,7 +109,8 @@ def load(
       f"--compiled={path} cannot be read: {error.strerror}; make it with `plan --save={path}`, or leave it out"
     ) from None
   try:
-    compiled = _load(content, experiment, config.batch_size, _settings(config, num_classes, examples))
+    settings = _settings(config, num_classes, examples, experiment.multi_label)
+    compiled = _load(content, experiment, config.batch_size, settings)
     reason = "it does not fit another process"
   except _UnfitError as error:
     compiled, reason = None, str(error)
@@ -161,11 +157,11 @@ def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
   return None
 
 
-def _settings(config: ml_collections.ConfigDict, num_classes: int, examples: int) -> dict[str, Any]:
+def _settings(config: ml_collections.ConfigDict, num_classes: int, examples: int, multi_label: bool) -> dict[str, Any]:
   """Returns what the programs are made of."""
   values = flatten({"config": json.loads(config.to_json_best_effort())})
   values = {key: value for key, value in values.items() if not key.startswith(FREE_KEYS)}
-  return {"--num-classes": num_classes, "--examples": examples} | values
+  return {"--num-classes": num_classes, "--examples": examples, "several labels": multi_label} | values
 
 
 def _circumstances(experiment: Experiment) -> dict[str, Any]:

@@ -67,9 +67,8 @@ def _checks(
   def experiment():
     dataset = found["dataset"]
     examples = dataset.num_examples(config.dataset.train_split)
-    found["experiment"] = Experiment(
-      config, len(dataset.class_names), examples, devices=target.devices if target else None
-    )
+    facts = len(dataset.class_names), examples, dataset.multi_label
+    found["experiment"] = Experiment(config, *facts, devices=target.devices if target else None)
     input_pipeline.train_augmentation(config.augment, (32, 32), (0, 0, 0), config.dataset.shift, config.dataset.scale)
     mesh = found["experiment"].mesh
     return (

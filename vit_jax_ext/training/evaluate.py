@@ -1,8 +1,9 @@
 """Exact evaluation over a split: every image counts once, padding not at all."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from absl import logging
 from flax import nnx
 import jax
 import ml_collections
@@ -10,13 +11,15 @@ import numpy as np
 
 from vit_jax_ext.data import input_pipeline
 from vit_jax_ext.data.datasets import Dataset, open_dataset
+from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import registry
 from vit_jax_ext.models.functional import split_model
-from vit_jax_ext.training import distributed, sharding
+from vit_jax_ext.training import distributed, multi_label, sharding
 from vit_jax_ext.training.partition import Layout
-from vit_jax_ext.training.train_step import Batch, Metrics, make_eval_step
-from vit_jax_ext.training.weights import load_weights
-from vit_jax_ext.workdir import description
+from vit_jax_ext.training.train_step import Batch, Metrics, make_eval_step, make_multi_label_eval_step
+from vit_jax_ext.training.weights import DEFAULT_THRESHOLD, load_weights, read_classes
+from vit_jax_ext.workdir import description, lock
+from vit_jax_ext.workdir.config import read_workdir_config
 
 
 def evaluate(
@@ -39,9 +42,15 @@ def evaluate(
   return scores | {"ece": float(np.abs(overconfidence).sum() / count), "images": int(count)}
 
 
-def jit_eval_step(variant: registry.Variant, model: nnx.Module, layout: Layout) -> Callable[[Any, Any, Batch], Metrics]:
-  """Returns `make_eval_step` of an abstract model over the mesh of its layout, compiled when first called."""
-  eval_step = make_eval_step(split_model(model)[0], mean=variant.mean, std=variant.std)
+def jit_eval_step(
+  variant: registry.Variant, model: nnx.Module, layout: Layout, several: bool = False
+) -> Callable[[Any, Any, Batch], Metrics]:
+  """Returns `make_eval_step` of an abstract model over the mesh of its layout, compiled when first called.
+
+  With `several` labels of an image it is `make_multi_label_eval_step`.
+  """
+  make = make_multi_label_eval_step if several else make_eval_step
+  eval_step = make(split_model(model)[0], mean=variant.mean, std=variant.std)
   return jax.jit(
     sharding.traced_on(layout.mesh, lambda params, stats, batch: eval_step(layout.gather(params), stats, batch)),
     in_shardings=(layout.weights["params"], layout.weights["stats"], sharding.batch_sharding(layout.mesh)),
@@ -66,7 +75,7 @@ class SplitEvaluator:
   ):
     variant = registry.get_variant(config.model.name)
     self.layout, self._by_batch = Layout(model, mesh), sharding.batch_sharding(mesh)
-    self._step = jit_eval_step(variant, model, self.layout)
+    self._step = jit_eval_step(variant, model, self.layout, dataset.multi_label)
     self._dataset, self._split = dataset, config.dataset.eval_split
     self._options = dict(
       batch_size=config.batch_size // jax.process_count(),
@@ -76,16 +85,29 @@ class SplitEvaluator:
     )
 
   def __call__(self, params: Any, stats: Any, on_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """Returns loss, top1, top5 and ece over the whole split; calls `on_batch` before each batch."""
+    """Returns loss, top1, top5 and ece over the whole split; of several labels loss and map.
 
+    Calls `on_batch` before each batch.
+    """
+    if self._dataset.multi_label:
+      return self.rank(params, stats, on_batch).scores()
+    scores = evaluate(self._step, params, stats, self._batches(on_batch))
+    self.counted = scores.pop("images")
+    return scores
+
+  def rank(self, params: Any, stats: Any, on_batch: Callable[[], None] = lambda: None) -> multi_label.Ranking:
+    """Returns what the scores of several labels are made of."""
+    ranking = multi_label.evaluate(self._step, params, stats, self._batches(on_batch))
+    self.counted = len(ranking.labels)
+    return ranking
+
+  def _batches(self, on_batch: Callable[[], None]) -> Iterator[Batch]:
     def batches():
       for batch in input_pipeline.eval_batches(self._dataset, self._split, **self._options):
         on_batch()
         yield batch
 
-    scores = evaluate(self._step, params, stats, input_pipeline.prefetch_to_devices(batches(), self._by_batch))
-    self.counted = scores.pop("images")
-    return scores
+    return input_pipeline.prefetch_to_devices(batches(), self._by_batch)
 
 
 def evaluate_weights(config: ml_collections.ConfigDict, workdir: str | None) -> dict[str, Any]:
@@ -98,23 +120,65 @@ def evaluate_weights(config: ml_collections.ConfigDict, workdir: str | None) -> 
   Returns:
     weights, what they are in words; their step, None if they are of no run; dataset, split and how many of its images
     counted;
-    eval/SCORE and, where there are averages, eval_ema/SCORE for the scores of `evaluate`.
+    eval/SCORE and, where there are averages, eval_ema/SCORE for the scores of `evaluate`; of several labels also their
+    classes, by "eval" and "eval_ema", see `multi_label.Ranking.describe_classes`.
+
+  The thresholds of several labels are found on the run's own evaluation split, and kept in the run. Elsewhere they are
+  those that the weights know.
   """
   told = distributed.told_by_first if jax.process_count() > 1 else None
   dataset = open_dataset(config.dataset.name, config.dataset.data_dir, told)
   split = config.dataset.eval_split
   dataset.num_examples(split)  # refused now if there is no such split
   if workdir:
-    description.check_classes(description.read(workdir), dataset.class_names, f"dataset {config.dataset.name}")
+    what = f"dataset {config.dataset.name}"
+    description.check_classes(description.read(workdir), dataset.class_names, dataset.multi_label, what)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch_size("batch_size", config.batch_size, mesh)
   model = registry.abstract_model(config.model, len(dataset.class_names))
   evaluator = SplitEvaluator(config, dataset, model, mesh)
 
-  scores = {}
+  scores, rankings = {}, {}
   for prefix, ema in (("eval", False), ("eval_ema", True)):
     if not ema or (workdir and config.ema_decay):
       name, step, weights = load_weights(config, workdir, model, evaluator.layout.weights, ema=ema)
-      scores |= {f"{prefix}/{score}": value for score, value in evaluator(**weights).items()}
+      if dataset.multi_label:
+        rankings[prefix] = evaluator.rank(**weights)
+        found = rankings[prefix].scores()
+      else:
+        found = evaluator(**weights)
+      scores |= {f"{prefix}/{score}": value for score, value in found.items()}
   about = {"weights": name, "step": step, "dataset": config.dataset.name, "split": split, "images": evaluator.counted}
+  if rankings:
+    scores["classes"] = _describe_classes(config, workdir, step, dataset, rankings)
   return about | scores
+
+
+def _describe_classes(
+  config: ml_collections.ConfigDict,
+  workdir: str | None,
+  step: int | None,
+  dataset: Dataset,
+  rankings: dict[str, multi_label.Ranking],
+) -> dict[str, list[dict[str, Any]]]:
+  """Returns `multi_label.Ranking.describe_classes` of each ranking; keeps their thresholds in a run where it may."""
+  data = config.dataset
+  own = read_workdir_config(workdir).dataset if workdir else None
+  if own and (own.name, own.eval_split) == (data.name, data.eval_split):
+    thresholds = {prefix: ranking.best_thresholds() for prefix, ranking in rankings.items()}
+    if not jax.process_index():
+      try:
+        with lock.hold(workdir):
+          description.keep_thresholds(workdir, {"step": step, "split": data.eval_split} | thresholds)
+      except UserError as error:
+        logging.warning("the thresholds are not kept in the run: %s", error)
+  else:
+    known = read_classes(config, workdir)
+    thresholds = {
+      prefix: description.thresholds(known, step, ema=prefix == "eval_ema")
+      or [DEFAULT_THRESHOLD] * len(dataset.class_names)
+      for prefix in rankings
+    }
+  return {
+    prefix: ranking.describe_classes(dataset.class_names, thresholds[prefix]) for prefix, ranking in rankings.items()
+  }

@@ -82,10 +82,11 @@ class Experiment:
 
   Args:
     config: see configs/common.py.
-    num_classes, examples: of the training split.
+    num_classes, examples, multi_label: of the training split.
     devices: that the functions are compiled for; all of all hosts by default.
 
   Attributes:
+    num_classes, multi_label: as given.
     total_steps: of the training.
     mesh: over the devices.
     by_batch: sharding of the batches.
@@ -106,11 +107,14 @@ class Experiment:
     config: ml_collections.ConfigDict,
     num_classes: int,
     examples: int,
+    multi_label: bool = False,
+    *,
     devices: Sequence[jax.Device] | None = None,
   ):
     configs.check(config)
-    if num_classes < 2:
+    if num_classes < 2 and not multi_label:
       raise UserError(f"the dataset has {num_classes} class, and nothing to tell apart; give one with two or more")
+    self.num_classes, self.multi_label = num_classes, multi_label
     self.total_steps = number_of_steps(config, examples)
     self.mesh = sharding.make_mesh(config.mesh, devices)
     self.by_batch = sharding.batch_sharding(self.mesh)
@@ -150,7 +154,7 @@ class Experiment:
     # An argument, so that all seeds have one program, which the compilation cache then knows.
     self.init = functools.partial(jax.jit(init, out_shardings=self.places), config.seed)
     step = make_train_step(
-      self._make_loss(config, num_classes),
+      self._make_loss(config),
       tx,
       seed=config.seed,
       ema_decay=config.ema_decay,
@@ -164,10 +168,18 @@ class Experiment:
       donate_argnums=0,
     )
 
-  def _make_loss(self, config: ml_collections.ConfigDict, num_classes: int) -> Loss:
+  def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of what a training step is given."""
+    label = ((batch_size, self.num_classes), jnp.bool) if self.multi_label else ((batch_size,), jnp.int32)
+    return {
+      "image": jax.ShapeDtypeStruct((batch_size, *self.model.image_size, 3), jnp.uint8),
+      "label": jax.ShapeDtypeStruct(*label),
+    }
+
+  def _make_loss(self, config: ml_collections.ConfigDict) -> Loss:
     augment = functools.partial(
       mixup.augment,
-      num_classes=num_classes,
+      num_classes=self.num_classes,
       mixup=config.augment.mixup,
       cutmix=config.augment.cutmix,
       switch_probability=config.augment.switch_probability,
@@ -179,6 +191,7 @@ class Experiment:
       split_model(self.model)[0],
       mean=self.variant.mean,
       std=self.variant.std,
+      multi_label=self.multi_label,
       label_smoothing=config.label_smoothing,
       cosine_weight=config.cosine_regularizer.weight,
       cosine_blocks=config.cosine_regularizer.blocks,

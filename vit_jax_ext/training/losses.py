@@ -32,6 +32,20 @@ def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: floa
   return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing))
 
 
+def binary_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+  """Returns the mean over the classes of the binary cross-entropy per example, (B,), at least float32.
+
+  Args:
+    logits: (B, classes).
+    labels: which classes an image has, bool or shares (B, classes).
+    smoothing: share of each target that becomes 1/2, as timm has it where images have several labels: the classes are
+      independent, so there is nothing to spread over them.
+  """
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  targets = labels.astype(logits.dtype) * (1 - smoothing) + smoothing / 2
+  return optax.sigmoid_binary_cross_entropy(logits, targets).mean(axis=-1)
+
+
 def attention_cosine_loss(out: Mapping[str, jax.Array], blocks: Sequence[int]) -> jax.Array:
   """Returns the mean cosine similarity of neighbouring blocks' attention maps, a scalar, at least float32.
 
@@ -72,6 +86,7 @@ def make_loss(
   *,
   mean: Sequence[float],
   std: Sequence[float],
+  multi_label: bool = False,
   label_smoothing: float = 0.0,
   cosine_weight: float = 0.0,
   cosine_blocks: Sequence[int] = (),
@@ -84,7 +99,8 @@ def make_loss(
   Args:
     graphdef: the model's structure.
     mean, std: normalisation of the images.
-    label_smoothing: see `smoothed_cross_entropy`.
+    multi_label: the loss is `binary_cross_entropy`, not `smoothed_cross_entropy`.
+    label_smoothing: see there.
     cosine_weight: of `attention_cosine_loss` in the loss; 0 switches it off.
     cosine_blocks: its blocks.
     linear_probe: only the classifier has gradients; the rest of the model works as in evaluation.
@@ -92,9 +108,10 @@ def make_loss(
       normalised, the labels may become probabilities (B, classes). With accumulation it sees one part at a time.
     gather: brings the parameters from where they are kept to where they are used, see `partition.Layout`.
 
-  The batch holds `image` uint8 (B, H, W, 3) and `label` int32 (B,); from `key` come augmentation, dropout and
-  stochastic depth. Metrics are scalars: loss, top1 (share; of mixed images those that are taken for the class of which
-  they have the most), and attention_cosine where it is part of the loss.
+  The batch holds `image` uint8 (B, H, W, 3) and `label` int32 (B,), or bool (B, classes) with multi_label; from `key`
+  come augmentation, dropout and stochastic depth. Metrics are scalars: loss, top1 (share; of mixed images those that
+  are taken for the class of which they have the most; none with multi_label), and attention_cosine where it is part of
+  the loss.
   """
 
   def loss_fn(params, stats, batch, key):
@@ -107,9 +124,11 @@ def make_loss(
       images, labels = augment(augment_key, images, labels)
     model = nnx.merge(graphdef, gather(params), stats)
     logits, out = model(images, train=not linear_probe, rngs=nnx.Rngs(key))
-    loss = smoothed_cross_entropy(logits, labels, label_smoothing).mean()
-    classes = labels if labels.ndim == 1 else jnp.argmax(labels, axis=-1)
-    metrics = {"top1": jnp.mean(jnp.argmax(logits, axis=-1) == classes)}
+    loss = (binary_cross_entropy if multi_label else smoothed_cross_entropy)(logits, labels, label_smoothing).mean()
+    metrics = {}
+    if not multi_label:
+      classes = labels if labels.ndim == 1 else jnp.argmax(labels, axis=-1)
+      metrics["top1"] = jnp.mean(jnp.argmax(logits, axis=-1) == classes)
     if cosine_weight:
       metrics["attention_cosine"] = attention_cosine_loss(out, cosine_blocks)
       loss += cosine_weight * metrics["attention_cosine"]

@@ -34,7 +34,7 @@ def augment(
   Args:
     key: of all draws.
     images: float32 (B, H, W, 3), normalised.
-    labels: int32 (B,).
+    labels: int32 (B,), or bool (B, classes) where an image has several.
     num_classes: of the dataset.
     mixup, cutmix, switch_probability, mixing_batch: see `mix`; without mixup and cutmix the labels stay as they are.
     erasing: probability of `erase`.
@@ -48,9 +48,8 @@ def augment(
     # Each image is read twice by `mix`: without the barrier the noise would be drawn twice.
     images = jax.lax.optimization_barrier(erase(erase_key, images, erasing))
   if mixup or cutmix:
-    images, labels = mix(
-      mix_key, images, jax.nn.one_hot(labels, num_classes), mixup, cutmix, switch_probability, mixing_batch
-    )
+    targets = jax.nn.one_hot(labels, num_classes) if labels.ndim == 1 else labels.astype(jnp.float32)
+    images, labels = mix(mix_key, images, targets, mixup, cutmix, switch_probability, mixing_batch)
   if erasing and erase_mixed:
     images = erase(erase_key, images, erasing)
   return images, labels
@@ -78,8 +77,8 @@ def mix(
   Args:
     key: of the draws.
     images: (B, H, W, C).
-    targets: probabilities (B, classes). Smoothing them afterwards equals mixing smoothed ones, as timm does, because
-      both are linear.
+    targets: probabilities, or several labels, (B, classes). Smoothing them afterwards equals mixing smoothed ones, as
+      timm does, because both are linear.
     mixup, cutmix: alpha of each, 0 for never; not both 0.
     switch_probability: of cutmix, where both are possible.
     mixing_batch: number of images, which divides the batch; the whole batch if None.

@@ -84,7 +84,7 @@ def _train(
   dataset = open_dataset(data.name, data.data_dir, distributed.told_by_first if jax.process_count() > 1 else None)
   found = dataset.describe(data.train_split, data.eval_split)  # refused now if there are no such splits
   facts = len(dataset.class_names), dataset.num_examples(data.train_split)
-  experiment = Experiment(config, *facts)
+  experiment = Experiment(config, *facts, dataset.multi_label)
   model, total_steps = experiment.model, experiment.total_steps
   init, train_step = experiment.init, experiment.train_step
   augment = input_pipeline.train_augmentation(
@@ -102,7 +102,8 @@ def _train(
   with distributed.first_process_first("workdir"):
     was = claim_workdir(workdir, config)
     if not jax.process_index():
-      about = description.describe(config.model, len(dataset.class_names), dataset.class_names, data.crop)
+      names = dataset.class_names
+      about = description.describe(config.model, len(names), names, data.crop, dataset.multi_label)
       description.claim(workdir, about, first_step, data.name, dataset.version)
   if first_step:
     like = checkpoint.abstract(jax.eval_shape(experiment.init), experiment.places)

@@ -11,7 +11,7 @@ import optax
 
 from vit_jax_ext.models.batch_norm import DECAY
 from vit_jax_ext.models.functional import normalize, split_model
-from vit_jax_ext.training.losses import Batch, Loss, Metrics
+from vit_jax_ext.training.losses import Batch, Loss, Metrics, binary_cross_entropy
 
 CALIBRATION_BINS = 15  # of equal width, as in Guo et al. 2017, section 2
 
@@ -98,8 +98,8 @@ def make_train_step(
     skip_nonfinite: a step whose loss or gradients are not finite changes nothing but the number of the step, also the
       schedule's.
 
-  The batch holds `image` uint8 (B, H, W, 3) and `label` int32 (B,). Metrics are those of the loss, averaged over the
-  parts, and grad_norm.
+  The batch holds `image` uint8 (B, H, W, 3) and `label`, see `make_loss`. Metrics are those of the loss, averaged over
+  the parts, and grad_norm.
   """
   key = jax.random.key(seed)
   grad_fn = jax.grad(loss, has_aux=True)
@@ -197,5 +197,23 @@ def make_eval_step(
       return jnp.sum(jnp.where(counted.reshape(-1, *[1] * (values.ndim - 1)), values, 0), axis=0)
 
     return jax.tree.map(total, per_image)
+
+  return step
+
+
+def make_multi_label_eval_step(
+  graphdef: nnx.GraphDef, *, mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Any, Any, Batch], Metrics]:
+  """Returns `step(params, stats, batch)` for images of several labels; `multi_label.evaluate` makes scores of it.
+
+  The batch holds `image`, `mask` and `label`, bool (B, classes). Returned is what a ranking of all images needs:
+  `logits` (B, classes), `loss` (B,), see `binary_cross_entropy`, and the batch's `mask` and `label`.
+  """
+
+  def step(params, stats, batch: Batch) -> Metrics:
+    logits, _ = nnx.merge(graphdef, params, stats)(normalize(batch["image"], mean, std), train=False)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    loss = binary_cross_entropy(logits, batch["label"])
+    return {"logits": logits, "loss": loss, "mask": batch["mask"], "label": batch["label"]}
 
   return step

@@ -14,6 +14,8 @@ from vit_jax_ext.pretrained import load_pretrained, read_description
 from vit_jax_ext.workdir import checkpoint, description
 from vit_jax_ext.workdir.config import read_workdir_config
 
+DEFAULT_THRESHOLD = 0.5  # probability from which an image has a label, where `evaluate` has found none
+
 
 def load_weights(
   config: ml_collections.ConfigDict,
@@ -52,8 +54,9 @@ def load_run(workdir: str, *, ema: bool | None = None) -> tuple[nnx.Module, dict
     ema: its averaged weights, or not; None: where there are some.
 
   Returns:
-    The model, and the run's description: class_names, image_size, mean, std, crop (so `preprocess` takes it), and
-    starts, each with dataset, command, versions, ...; with `step` and `ema`, the weights'.
+    The model, and the run's description: class_names, multi_label, image_size, mean, std, crop (so `preprocess` takes
+    it), and starts, each with dataset, command, versions, ...; with `step`, `ema` and, of several labels, `thresholds`,
+    the weights'.
 
   Raises:
     UserError: there is no run, no checkpoint, or it has no averages.
@@ -62,25 +65,28 @@ def load_run(workdir: str, *, ema: bool | None = None) -> tuple[nnx.Module, dict
   ema = config.ema_decay > 0 if ema is None else ema
   if ema and not config.ema_decay:
     raise UserError(f"run {workdir} has no averaged weights, config.ema_decay is 0; leave out ema")
-  model = registry.abstract_model(config.model, len(read_class_names(config, workdir)))
+  about = read_classes(config, workdir)
+  model = registry.abstract_model(config.model, len(about["class_names"]))
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   step, weights = checkpoint.restore_weights(workdir, model, place, ema=ema)
   nnx.update(model, weights["params"], weights["stats"])
-  return model, description.read(workdir) | {"step": step, "ema": ema, "interpolation": "bicubic"}
+  thresholds = description.thresholds(about, step, ema=ema)
+  return model, about | {"thresholds": thresholds, "step": step, "ema": ema, "interpolation": "bicubic"}
 
 
-def read_class_names(config: ml_collections.ConfigDict, workdir: str | None) -> list[str]:
-  """Returns the names of the classes that weights know, in the order of their logits.
+def read_classes(config: ml_collections.ConfigDict, workdir: str | None) -> dict[str, Any]:
+  """Returns what weights tell of themselves, see `description.describe`, with the names of their classes for certain.
 
-  They are those of the run or of the file's metadata; of other weights, and of runs that did not keep them, those that
-  the config's dataset has today.
+  They are those of the run or of the file's metadata; of other weights, and of runs that did not keep them, class_names
+  and multi_label are those of the config's dataset today.
 
   Args:
     config, workdir: see `load_weights`.
   """
-  about = read_description(workdir or config.pretrained)
-  if about and about.get("class_names"):
-    return about["class_names"]
+  about = (description.read(workdir) if workdir else read_description(config.pretrained)) or {}
+  if about.get("class_names"):
+    return about
   from vit_jax_ext.data.datasets import open_dataset  # and with it TensorFlow, which all others can do without
 
-  return [*open_dataset(config.dataset.name, config.dataset.data_dir).class_names]
+  dataset = open_dataset(config.dataset.name, config.dataset.data_dir)
+  return about | {"class_names": [*dataset.class_names], "multi_label": dataset.multi_label}

@@ -21,7 +21,7 @@ from vit_jax_ext.models.functional import split_model
 from vit_jax_ext.workdir import digests
 from vit_jax_ext.workdir.disk import writing
 
-BEST_METRIC = "eval/top1"
+BEST_METRICS = ("eval/top1", "eval/map")  # by which the best checkpoint is known, whichever a run has
 SUMS = "sums"  # item of a checkpoint
 
 # Parts of a checkpoint by name, each of which can be read alone: "model" and, where there are averages, "ema", both
@@ -82,24 +82,21 @@ class Checkpoints(ocp.CheckpointManager):
 
 @contextlib.contextmanager
 def open_checkpoints(workdir: str, *, keep_last: int = 1, read_only: bool = False) -> Iterator[Checkpoints]:
-  """Opens the checkpoints of a run; saves asynchronously, keeps the last `keep_last` and the best by eval/top1.
+  """Opens the checkpoints of a run; saves asynchronously, keeps the last `keep_last` and the best, see BEST_METRICS.
 
   Raises:
     RunError: they cannot be written, when the last one has to be complete at the latest.
   """
   folder = epath.Path(workdir).absolute() / "checkpoints"
 
-  def best_metric(metrics):
-    return metrics[BEST_METRIC]
-
   def write_digests():  # orbax calls this when all files are written, and commits the checkpoint after it
     if not jax.process_index():
       steps = (path for path in folder.iterdir() if path.name.partition(".")[0].isdecimal())
       digests.write(max(steps, key=lambda path: int(path.name.partition(".")[0])))  # STEP.SUFFIX until then
 
-  best = checkpoint_managers.BestN(get_metric_fn=best_metric, n=1, keep_checkpoints_without_metrics=False)
+  best = checkpoint_managers.BestN(get_metric_fn=_best_metric, n=1, keep_checkpoints_without_metrics=False)
   options = ocp.CheckpointManagerOptions(
-    best_fn=best_metric,
+    best_fn=_best_metric,
     preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(keep_last), best]),
     read_only=read_only,
     cleanup_tmp_directories=not read_only,
@@ -114,6 +111,10 @@ def open_checkpoints(workdir: str, *, keep_last: int = 1, read_only: bool = Fals
   finally:
     with writing(workdir):
       checkpoints.close()
+
+
+def _best_metric(metrics: dict[str, float]) -> float:
+  return next(metrics[name] for name in BEST_METRICS if name in metrics)
 
 
 def _folder(workdir: str, step: int) -> epath.Path:
@@ -239,8 +240,8 @@ def _best_step(workdir: str) -> int:
   for step in _complete_steps(workdir):
     scores = _folder(workdir, step) / "metrics" / "metrics"
     try:
-      rank[step] = json.loads(scores.read_text())[BEST_METRIC] if scores.exists() else -1.0
-    except (ValueError, KeyError):
+      rank[step] = _best_metric(json.loads(scores.read_text())) if scores.exists() else -1.0
+    except (ValueError, TypeError, StopIteration):
       rank[step] = -1.0  # its digest will not fit
   for step in sorted(rank, key=lambda step: (rank[step], step), reverse=True):
     if why := digests.damage(_folder(workdir, step)):
@@ -251,15 +252,15 @@ def _best_step(workdir: str) -> int:
   raise UserError(f"workdir {workdir} holds no {kind} checkpoint; train there first")
 
 
-def read_weights(folder: str) -> tuple[int, str, dict[tuple, np.ndarray]] | None:
-  """Reads weights as they were saved, averaged ones where there are some, whatever model they belong to.
+def find_weights(folder: str) -> tuple[int, str, epath.Path] | None:
+  """Returns the step of weights, "ema" where there are averaged ones, else "model", and where they lie.
 
   Args:
     folder: a workdir (its best checkpoint is taken, or its last when none was evaluated) or one of its checkpoints,
       workdir/checkpoints/STEP; local or in a bucket.
 
   Returns:
-    The step, "ema" or "model", and the NumPy arrays by their path in the model; None if it is no such folder.
+    None if it is no such folder.
 
   Raises:
     UserError: there is no complete checkpoint, or it is damaged.
@@ -272,19 +273,36 @@ def read_weights(folder: str) -> tuple[int, str, dict[tuple, np.ndarray]] | None
   elif (path / "model").is_dir() and (why := digests.damage(path)):
     raise UserError(f"checkpoint {path} is damaged: {why}; choose another one in {path.parent}")
   item = "ema" if (path / "ema").is_dir() else "model"
-  if not (path / item).is_dir():
+  return (int(path.name), item, path / item) if (path / item).is_dir() else None
+
+
+def read_weights(folder: str) -> tuple[int, str, dict[tuple, np.ndarray]] | None:
+  """Reads weights as they were saved, averaged ones where there are some, whatever model they belong to.
+
+  Args:
+    folder: see `find_weights`.
+
+  Returns:
+    The step, "ema" or "model", and the NumPy arrays by their path in the model; None if it is no such folder.
+
+  Raises:
+    UserError: there is no complete checkpoint, or it is damaged.
+  """
+  if (found := find_weights(folder)) is None:
     return None
+  step, item, path = found
   try:
     with ocp.PyTreeCheckpointer() as reader:
       as_numpy = jax.tree.map(
-        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(path / item).item_metadata.tree
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(path).item_metadata.tree
       )
-      tree = reader.restore(path / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+      tree = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
   except Exception as error:  # orbax and its storage raise whatever they stumble over
     why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-    raise UserError(f"checkpoint {path} is damaged ({why}); choose another one in {path.parent}") from None
+    checkpoint = path.parent
+    raise UserError(f"checkpoint {checkpoint} is damaged ({why}); choose another one in {checkpoint.parent}") from None
   leaves = (leaf for part in tree.values() for leaf in jax.tree_util.tree_leaves_with_path(part))
-  return int(path.name), item, {tuple(entry.key for entry in keys): array for keys, array in leaves}
+  return step, item, {tuple(entry.key for entry in keys): array for keys, array in leaves}
 
 
 def check_shapes(workdir: str, step: int, weights: dict[str, Any]) -> None:

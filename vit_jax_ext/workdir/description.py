@@ -25,7 +25,11 @@ PACKAGES = ("vit_jax_ext", "jax", "flax", "optax")
 
 
 def describe(
-  spec: Mapping[str, Any], num_classes: int | None, class_names: Sequence[str] | None, crop: float | None
+  spec: Mapping[str, Any],
+  num_classes: int | None,
+  class_names: Sequence[str] | None,
+  crop: float | None,
+  multi_label: bool = False,
 ) -> dict[str, Any]:
   """Returns what one has to know of a model's weights to use them.
 
@@ -34,10 +38,12 @@ def describe(
     num_classes: of its classifier, 0 for none; None if nobody knows.
     class_names: in the order of its logits; None if nobody knows.
     crop: share of a side that evaluation sees; None for what was published at the model's size.
+    multi_label: whether an image may have any number of labels, not one class.
 
   Returns:
-    model, overrides, num_classes, class_names; image_size, (height, width); mean and std of normalisation, crop;
-    exif_orientation, whether images are turned as their EXIF data say: they are not, in training as in prediction.
+    model, overrides, num_classes, class_names, multi_label; image_size, (height, width); mean and std of normalisation,
+    crop; exif_orientation, whether images are turned as their EXIF data say: they are not, in training as in
+    prediction.
   """
   variant = registry.get_variant(spec["name"])
   size = spec["overrides"].get("image_size") or variant.image_size
@@ -47,6 +53,7 @@ def describe(
     "overrides": json.loads(json.dumps(dict(spec["overrides"]), default=str)),
     "num_classes": num_classes,
     "class_names": None if class_names is None else [*class_names],
+    "multi_label": multi_label,
     "image_size": [*image_size],
     "mean": [*variant.mean],
     "std": [*variant.std],
@@ -126,7 +133,7 @@ def claim(workdir: str, description: dict[str, Any], step: int, dataset: str, ve
   """
   saved = read(workdir)
   if saved:
-    check_classes(saved, description["class_names"], "this run")
+    check_classes(saved, description["class_names"], description["multi_label"], "this run")
     was = next((start["dataset_version"] for start in saved.get("starts", []) if "dataset_version" in start), None)
     if step and was and was != version:
       raise UserError(
@@ -135,18 +142,53 @@ def claim(workdir: str, description: dict[str, Any], step: int, dataset: str, ve
       )
   start = {"step": step, "dataset": dataset, "dataset_version": version} | made_by()
   starts = [*(saved.get("starts", []) if saved else []), start]
-  write_json(workdir, FILE, description | {"starts": starts}, option="workdir")
+  kept = {"thresholds": saved["thresholds"]} if saved and "thresholds" in saved else {}
+  write_json(workdir, FILE, description | kept | {"starts": starts}, option="workdir")
 
 
-def check_classes(description: Mapping[str, Any] | None, class_names: Sequence[str], what: str) -> None:
+def keep_thresholds(workdir: str, found: Mapping[str, Any]) -> None:
+  """Adds to the description of a run from which probability on an image has a label, in the order of the classes.
+
+  Args:
+    workdir: of the run, whose lock is held.
+    found: step and split of the evaluation, and the thresholds of its weights: eval and, of averaged ones, eval_ema.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  write_json(workdir, FILE, read(workdir) | {"thresholds": found}, option="workdir")
+
+
+def thresholds(description: Mapping[str, Any], step: int | None = None, *, ema: bool = False) -> list[float] | None:
+  """Returns the thresholds that `evaluate` has found of weights; None if it has not, or of those of another step.
+
+  Args:
+    description: of a run, or of the weights in a file, which are the only ones.
+    step, ema: which weights of a run.
+  """
+  found = description.get("thresholds")
+  if isinstance(found, Mapping):
+    found = found.get("eval_ema" if ema else "eval") if found.get("step") == step else None
+  fits = isinstance(found, list) and len(found) == len(description.get("class_names") or ())
+  return found if fits and all(isinstance(threshold, float) for threshold in found) else None
+
+
+def check_classes(
+  description: Mapping[str, Any] | None, class_names: Sequence[str], multi_label: bool, what: str
+) -> None:
   """Raises UserError if a dataset's classes are not those of the run; labels would mean something else.
 
   Args:
     description: of the run; None if there is none.
-    class_names: of the dataset.
+    class_names, multi_label: of the dataset.
     what: it is, for the message.
   """
   known = description and description["class_names"]
+  if known and description.get("multi_label", False) != multi_label:
+    one, other = ("labels.csv", "one class an image") if multi_label else ("one class an image", "labels.csv")
+    raise UserError(
+      f"{what} has {one}, and the weights know {other}; restore the dataset, or train anew in another workdir"
+    )
   if not known or [*class_names] == [*known]:
     return
   differences = [
