@@ -132,6 +132,16 @@ def test_nothing_is_overwritten(name, run, weights, tmp_path):
   assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
+def test_where_nothing_can_be_written(run, weights, tmp_path):
+  source = weights("deit_tiny_patch16_224", **VIT)
+  arguments = ["--model=deit_tiny_patch16_224", *flags(VIT)]
+  status, _, err = run("convert", source, source / "out", "--to=timm", *arguments)
+  assert status == 2 and "cannot be written: Not a directory; choose another --to=timm FOLDER" in err
+  status, _, err = run("convert", source, tmp_path / "x.pth", "--license=mit", *arguments)
+  assert status == 2 and "--license=mit goes into a card" in err
+  assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
 def test_the_card_of_a_run(run, tiny_config, tmp_path):
   """Its data and metrics, its license where it is given, and both ways to load it, which work."""
   tiny_config.total_steps, tiny_config.eval_every_steps, tiny_config.optimizer.warmup_steps = 2, 2, 1

@@ -87,10 +87,13 @@ def check_name(repository: str) -> None:
 def upload(folder: pathlib.Path, repository: str) -> str:
   """Creates a repository if there is none, uploads the files of a folder in one commit, and returns its address.
 
+  Args:
+    folder: of files alone.
+    repository: see `check_name`.
+
   Raises:
     UserError: it has files of these names, you may not write there, or there is no network.
   """
-  check_name(repository)
   import huggingface_hub
   from huggingface_hub import errors
 

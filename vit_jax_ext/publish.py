@@ -23,6 +23,7 @@ from vit_jax_ext.workdir.metrics import read_metrics
 
 CONFIG, CARD = "config.json", "README.md"
 WEIGHTS = hub.FILES[0]
+OPTION = "to=timm FOLDER"  # what another one is to be chosen for where files cannot be written
 
 
 def _vit(options: Mapping[str, Any], model: nnx.Module) -> dict[str, Any]:
@@ -121,14 +122,14 @@ def write_folder(
   for name in (CONFIG, CARD, WEIGHTS):
     if (folder / name).exists():
       raise UserError(f"{folder / name} exists and is not overwritten; choose another folder")
-    check_new_file(os.fspath(folder / name))
+    check_new_file(os.fspath(folder / name), OPTION)
   model, report, about = load_anew(source, spec, num_classes)
   license = license or (variant.license if source is True else None)
   config = timm_config(model, spec, about, license)
   arrays = weight_names.to_timm(parameters(model))
-  write_json(os.fspath(folder), CONFIG, config)
+  write_json(os.fspath(folder), CONFIG, config, OPTION)
   card = _card(source, report, about, config, license, repository or os.fspath(folder), repository is not None)
-  with replace(os.fspath(folder), CARD) as file:
+  with replace(os.fspath(folder), CARD, OPTION) as file:
     file.write(card)
   write_arrays(arrays, folder / WEIGHTS, about, kind="pt")
   return report

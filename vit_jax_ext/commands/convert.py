@@ -28,8 +28,11 @@ def run(args: argparse.Namespace) -> None:
   """Prints what happened to every array as a table.
 
   Raises:
-    UserError: a source that does not tell its model, and what `convert`, `write_folder` or `publish` refuse.
+    UserError: a source that does not tell its model, a license without a card; what `convert`, `write_folder` or
+      `publish` refuse.
   """
+  if args.license and args.to == "file":
+    raise UserError(f"--license={args.license} goes into a card, and a file has none; add --to=timm or --to=hub")
   import rich.console
   import rich.table
 
