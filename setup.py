@@ -35,7 +35,7 @@ setup(
     "psutil>=7.2,<8",
     "requests>=2.34,<3",
     "safetensors>=0.8,<0.9",
-    "scikit-learn>=1.9,<2",  # carries the digits
+    "scikit-learn>=1.9,<2",  # carries the digits, scores several labels
     "scipy>=1.17,<2",
     "tensorboard>=2.21,<3",  # clu imports it without saying so
     'tensorflow-cpu>=2.21,<2.22; platform_system == "Linux" and platform_machine == "x86_64"',

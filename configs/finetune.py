@@ -36,9 +36,9 @@ def get_config(argument: str = "crossvit_tiny_224,digits"):
     folder = os.path.expanduser(dataset)
     splits = os.listdir(folder) if os.path.isdir(folder) else []
     named = [split for split in ("validation", "val", "test") if split in splits]
-    if "train" in splits and named:
+    if "train" in splits and named and "labels.csv" not in splits:
       config.dataset.eval_split = named[0]
-    else:  # classes alone
+    else:  # no splits
       config.dataset.train_split, config.dataset.eval_split = "train[:90%]", "train[90%:]"
     if any(os.path.isfile(os.path.join(folder, split, "labels.csv")) for split in ("", "train")):
       config.label_smoothing = 0.0  # most of many labels are 0, and would be pulled to 1/2

@@ -40,7 +40,7 @@ def test_labels_are_multi_hot(folder):
   dataset = opened(folder)
   assert dataset.multi_label and dataset.class_names == ["a", "b", "c"]
   assert examples(dataset) == {f"{i}.png": [name in labels for name in "abc"] for i, labels in enumerate(NAMES)}
-  assert dataset.describe("train") == f"{folder}: 3 classes; train 6 (2 of c to 3 of b)"
+  assert dataset.describe("train") == f"{folder}: 3 classes; train 6 (2 of c to 3 of a)"
   assert dataset.remarks == ["without a label, and so an example of none: 1 (images/1.png)"]
   assert input_pipeline.undecodable(dataset, "train") == (6, [])
 
@@ -101,7 +101,7 @@ def test_what_is_left_out_is_named(folder):
     (["images/0.png,a,x"], "file,labels,score", "line 1 has the columns 'file,labels,score'"),
     (["images/0.png;a"], "file;labels", "line 1 has the columns 'file;labels'"),
     ([], "", "line 1 has the columns ''"),
-    (["images/0.png,a", "images/1.png,a,b"], "file,labels", "line 3 has 3 values in place of 2; separate ';'"),
+    (["images/0.png,a", "images/1.png,a,b"], "file,labels", "line 3 has 3 values in place of 2; separate labels"),
     (["images/0.png"], "file,labels", "line 2 has 1 values in place of 2"),
     (['images/0.png,"a,b"'], "file,labels", "line 2 has the label 'a,b'; separate labels by ';'"),
     (["images/0.png,a|b"], "file,labels", "line 2 has the label 'a|b'"),

@@ -19,6 +19,7 @@ import main
 from tests import shapes
 from tests.command_line import execute
 import vit_jax_ext as vx
+from vit_jax_ext.compare import results, runs
 from vit_jax_ext.console import Progress
 from vit_jax_ext.data import datasets, input_pipeline
 from vit_jax_ext.models import registry
@@ -308,6 +309,13 @@ def test_other_labels_end_a_run_that_goes_on(folder, trained, tmp_path, run):
   assert status == 2 and "has one class an image, and the weights know labels.csv" in err and err.count("\n") == 1
 
 
+def test_a_comparison_has_its_map(trained):
+  run = runs.read_run(str(trained[0]))
+  assert run["scores"]["eval/map"] == max(value for _, value in run["curves"]["eval/map"])
+  (column,) = (column for column in results.COLUMNS if column.key == "eval_map")
+  assert column({"eval_map": 0.9714}) == "97.14"
+
+
 def test_studies_refuse_it(folder, tmp_path, run):
   status, _, err = run("study", "configs/digits_fusion.py", f"--config.dataset.name={folder}", f"--output={tmp_path}")
   assert status == 2 and "studies compare top-1" in err
@@ -321,7 +329,4 @@ def test_attention_of_it_is_analyzed(folder, tmp_path):
           f"--workdir={tmp_path / 'run'}"]  # fmt: skip
   assert execute(*args) == 0
   assert execute("analyze", f"--workdir={tmp_path / 'run'}") == 0
-  assert execute("compare", f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'c'}", "--batch-sizes=2") == 0
   assert 0 <= json.loads((tmp_path / "run" / "analysis" / "similarity.json").read_text())["top1"] <= 1
-  (row,) = json.loads((tmp_path / "c" / "results.json").read_text())["models"]
-  assert "eval/map" in row["run"]["scores"]

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import sklearn.metrics
 
 from vit_jax_ext.training.train_step import Batch, Metrics
 from vit_jax_ext.training.weights import DEFAULT_THRESHOLD
@@ -28,6 +27,8 @@ class Ranking:
 
   def average_precisions(self) -> np.ndarray:
     """Returns the average precision of each class (classes,), float64; NaN where no image has it."""
+    import sklearn.metrics  # slow to import, and other runs do without
+
     found = np.full(self.labels.shape[1], np.nan)
     for i in np.flatnonzero(self.labels.any(axis=0)):
       found[i] = sklearn.metrics.average_precision_score(self.labels[:, i], self.logits[:, i])
@@ -43,6 +44,8 @@ class Ranking:
 
     It lies halfway between the logits that it parts, so that the last bits of a probability do not decide.
     """
+    import sklearn.metrics
+
     found = []
     for logits, labels in zip(self.logits.T, self.labels.T, strict=True):
       if not labels.any():
@@ -59,12 +62,11 @@ class Ranking:
     rows = zip(class_names, self.average_precisions(), thresholds, self.labels.T, predicted.T, strict=True)
     described = []
     for name, average, threshold, labels, chosen in rows:
-      precision, recall, f1, _ = sklearn.metrics.precision_recall_fscore_support(
-        labels, chosen, average="binary", zero_division=0.0
-      )
+      hits, images, named = (int(np.sum(x)) for x in (labels & chosen, labels, chosen))
       described.append({
-        "name": name, "images": int(labels.sum()), "average_precision": None if np.isnan(average) else float(average),
-        "threshold": float(threshold), "precision": float(precision), "recall": float(recall), "f1": float(f1),
+        "name": name, "images": images, "average_precision": None if np.isnan(average) else float(average),
+        "threshold": float(threshold), "precision": hits / max(1, named), "recall": hits / max(1, images),
+        "f1": 2 * hits / max(1, images + named),
       })  # fmt: skip
     return described
 
