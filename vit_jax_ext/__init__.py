@@ -1,7 +1,6 @@
 """vit_jax_ext: CrossViT, DeepViT and BOAT in JAX and Flax NNX, with what they are compared with."""
 
 import importlib
-import importlib.metadata
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +41,9 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
   if name == "__version__":
-    value = importlib.metadata.version(__name__)
+    from importlib import metadata  # which takes as long as all the rest here
+
+    value = metadata.version(__name__)
   elif name in _HOMES:
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
   elif importlib.util.find_spec(f"{__name__}.{name}"):

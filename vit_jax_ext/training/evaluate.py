@@ -1,15 +1,16 @@
-"""Exact evaluation over a split: every image counts once, padding not at all."""
+"""Exact evaluation over a split: every image counts once, padding not at all.
+
+The step is compiled without TensorFlow, too, by `plan`.
+"""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flax import nnx
 import jax
 import ml_collections
 import numpy as np
 
-from vit_jax_ext.data import input_pipeline
-from vit_jax_ext.data.datasets import Dataset, open_dataset
 from vit_jax_ext.models import registry
 from vit_jax_ext.models.functional import split_model
 from vit_jax_ext.training import distributed, sharding
@@ -17,6 +18,9 @@ from vit_jax_ext.training.partition import Layout
 from vit_jax_ext.training.train_step import Batch, Metrics, make_eval_step
 from vit_jax_ext.training.weights import load_weights
 from vit_jax_ext.workdir import description
+
+if TYPE_CHECKING:
+  from vit_jax_ext.data.datasets import Dataset
 
 
 def evaluate(
@@ -60,7 +64,7 @@ class SplitEvaluator:
   def __init__(
     self,
     config: ml_collections.ConfigDict,
-    dataset: Dataset,
+    dataset: "Dataset",
     model: nnx.Module,
     mesh: jax.sharding.Mesh,
   ):
@@ -77,6 +81,7 @@ class SplitEvaluator:
 
   def __call__(self, params: Any, stats: Any, on_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
     """Returns loss, top1, top5 and ece over the whole split; calls `on_batch` before each batch."""
+    from vit_jax_ext.data import input_pipeline
 
     def batches():
       for batch in input_pipeline.eval_batches(self._dataset, self._split, **self._options):
@@ -100,6 +105,8 @@ def evaluate_weights(config: ml_collections.ConfigDict, workdir: str | None) -> 
     counted;
     eval/SCORE and, where there are averages, eval_ema/SCORE for the scores of `evaluate`.
   """
+  from vit_jax_ext.data.datasets import open_dataset
+
   told = distributed.told_by_first if jax.process_count() > 1 else None
   dataset = open_dataset(config.dataset.name, config.dataset.data_dir, told)
   split = config.dataset.eval_split

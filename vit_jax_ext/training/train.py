@@ -7,7 +7,6 @@ import dataclasses
 import time
 
 from absl import logging
-from clu import parameter_overview
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -120,7 +119,7 @@ def _train(
   logging.info(
     "%s: %s parameters; step %d of %d, %d images each, on %d device(s); workdir %s",
     config.model.name,
-    f"{parameter_overview.count_parameters(state.params):,}",
+    f"{sum(param.size for param in jax.tree.leaves(state.params)):,}",
     first_step,
     total_steps,
     config.batch_size,
