@@ -46,9 +46,11 @@ setup(
   ],
   extras_require={
     "cuda": [f"jax[cuda12]{JAX}"],
+    "mlflow": ["mlflow>=3.17,<4"],
     "torch": [TORCH],
     "tpu": [f"jax[tpu]{JAX}"],
     "train": TRAIN,
+    "wandb": ["wandb>=0.31,<0.32"],
     "test": [
       *TRAIN,
       "hypothesis>=6.170,<7",

@@ -35,6 +35,7 @@ training.optimizer
 pretrained
 weight_files  inputs
 workdir.checkpoint  workdir.writers
+workdir.trackers
 workdir.config  workdir.metrics  workdir.description  workdir.analysis  workdir.digests  workdir.disk  workdir.lock
 data
 models.registry
@@ -116,6 +117,8 @@ def test_arrows_are_seen():
     ("tensorflow_datasets", {"data"}),
     ("orbax", {"workdir.checkpoint"}),
     ("clu", {"workdir.writers"}),
+    ("wandb", {"workdir.trackers"}),
+    ("mlflow", {"workdir.trackers"}),
     ("argparse", {"command_line", "commands", "weight_files"}),  # checkpoints of timm hold its namespaces
   ],
 )
