@@ -128,7 +128,12 @@ def test_the_tree_names_every_file():
   (tree,) = (block for block in FENCED.findall(TEXTS["README.md"]) if "main.py   " in block)
   entries = re.findall(r"^ *(\S.*(?:\n {20,}\S.*)*)", tree, re.M)
   missing = []
-  for path in [*(ROOT / "vit_jax_ext").rglob("*.py"), *(ROOT / "configs").glob("*.py"), *(ROOT / "launch").iterdir()]:
+  for path in [
+    *(ROOT / "vit_jax_ext").rglob("*.py"),
+    *(ROOT / "configs").glob("*.py"),
+    *(ROOT / "examples").glob("*.py"),
+    *(ROOT / "launch").iterdir(),
+  ]:
     room = path.parent.name
     name = re.escape(path.stem if room == "commands" else path.name)
     own = [entry for entry in entries if room == "vit_jax_ext" or entry.startswith(f"{room}/")]
