@@ -74,6 +74,7 @@ def base_config() -> ConfigDict:
   config.checkpoint = ConfigDict()
   config.checkpoint.every_steps = 1000
   config.checkpoint.keep_last = 2
+  config.tracker = config_dict.placeholder(str)
   config.compilation_cache = "auto"
   config.mesh = ConfigDict(dict(data=-1, fsdp=1, model=1))
 

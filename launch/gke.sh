@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on a TPU slice of a GKE cluster that has JobSet; arguments are those of `main.py train`:
 #   IMAGE=REGISTRY/vit_jax_ext BUCKET=NAME launch/gke.sh --config=configs/crossvit.py:18_dagger --workdir=/bucket/run
-# IMAGE holds the repository as its working directory, installed by pip install -e '.[tpu]'. BUCKET, with a
+# IMAGE holds the repository as its working directory, installed by pip install -e '.[train,tpu]'. BUCKET, with a
 # hierarchical namespace, is mounted as /bucket. Other variables and their defaults: NAME=vit-jax-ext HOSTS=4
 # CHIPS=4 (of each host) ACCELERATOR=tpu-v5-lite-podslice TOPOLOGY=4x4.
 #   launch/gke.sh --dry-run ARGS...   prints the commands and the manifest

@@ -12,7 +12,7 @@
 #
 # Trains on all GPUs of several nodes, one process a node; arguments are those of `main.py train`:
 #   sbatch --nodes=4 launch/slurm.sh --config=configs/crossvit.py:18_dagger --workdir=/shared/run
-# to be submitted from the repository, with its .venv (pip install -e '.[cuda]') or another PYTHON, all on a file system
+# to be submitted from the repository, with its .venv (pip install -e '.[train,cuda]') or another PYTHON, all on a file system
 # that the nodes share.
 # Five minutes before its time is up the job is asked to save; then, as after a preemption, it queues again by itself.
 #   launch/slurm.sh --dry-run ARGS...   prints the commands

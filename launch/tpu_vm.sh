@@ -43,7 +43,7 @@ case $step in
     tpu ssh --worker=all --command='set -e
       mkdir -p vit_jax_ext && cd vit_jax_ext && tar -xzf ../vit_jax_ext.tar.gz
       python3 -m pip install --user --quiet uv && python3 -m uv venv --quiet --python 3.11
-      python3 -m uv pip install --quiet -e ".[tpu]"'
+      python3 -m uv pip install --quiet -e ".[train,tpu]"'
     ;;
   train)
     arguments=$(printf ' %q' --distributed "$@")

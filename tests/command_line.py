@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-import main
+from vit_jax_ext.command_line import main
 
 
 def execute(*args):
@@ -12,6 +12,6 @@ def execute(*args):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, "argv", ["main.py", *map(str, args)])
     try:
-      return main.main()
+      return main()
     except SystemExit as exit:
       return exit.code

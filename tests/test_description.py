@@ -80,7 +80,10 @@ def test_predict_elsewhere_without_the_dataset(trained, tmp_path, run, monkeypat
 
 
 def test_prediction_needs_no_tensorflow(trained):
-  code = "import sys; sys.modules.update(tensorflow=None, tensorflow_datasets=None); import main; sys.exit(main.main())"
+  code = (
+    "import sys; sys.modules.update(tensorflow=None, tensorflow_datasets=None); "
+    "from vit_jax_ext.command_line import main; sys.exit(main())"
+  )
   command = [sys.executable, "-c", code, "predict", str(trained / "new" / "00.png"), f"--workdir={trained / 'run'}"]
   done = subprocess.run(command, cwd=os.path.dirname(main.__file__), capture_output=True, text=True)
   assert done.returncode == 0 and "cat" in done.stdout, done.stderr

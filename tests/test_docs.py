@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-import main
 from tests.command_line import execute
+from vit_jax_ext import command_line
 from vit_jax_ext import config as configs
 from vit_jax_ext.config_keys import KEYS
 from vit_jax_ext.models import registry
@@ -46,7 +46,7 @@ def test_every_command_is_understood(line, monkeypatch):
   if {"-h", "--help"} & set(argv):
     assert execute(*argv) == 0
     return
-  args = main.parse_args(argv)
+  args = command_line.parse_args(argv)
   spec = getattr(args, "config", None)
   if spec and pathlib.Path(spec.partition(":")[0]).is_file():  # some stand for any config
     configs.override(configs.load_config(spec), args.overrides)
@@ -74,7 +74,8 @@ def test_the_page_of_keys_is_the_table():
 
 def test_commands_are_found():
   assert len(LINES) > 25
-  assert {main.parse_args(shlex.split(line)[2:]).command for line in LINES if "help" not in line} == set(PARSERS)
+  found = [command_line.parse_args(shlex.split(line)[2:]).command for line in LINES if "help" not in line]
+  assert set(found) == set(PARSERS)
 
 
 @pytest.mark.parametrize("bad", ["python main.py predikt x", "python main.py train --wrkdir=x"])
@@ -83,7 +84,7 @@ def test_a_wrong_command_would_be_seen(bad):
 
 
 def parsers():
-  (choices,) = (a for a in main.make_parser()._actions if isinstance(a, argparse._SubParsersAction))
+  (choices,) = (a for a in command_line.make_parser()._actions if isinstance(a, argparse._SubParsersAction))
   return choices.choices
 
 
@@ -127,7 +128,12 @@ def test_the_tree_names_every_file():
   (tree,) = (block for block in FENCED.findall(TEXTS["README.md"]) if "main.py   " in block)
   entries = re.findall(r"^ *(\S.*(?:\n {20,}\S.*)*)", tree, re.M)
   missing = []
-  for path in [*(ROOT / "vit_jax_ext").rglob("*.py"), *(ROOT / "configs").glob("*.py"), *(ROOT / "launch").iterdir()]:
+  for path in [
+    *(ROOT / "vit_jax_ext").rglob("*.py"),
+    *(ROOT / "configs").glob("*.py"),
+    *(ROOT / "examples").glob("*.py"),
+    *(ROOT / "launch").iterdir(),
+  ]:
     room = path.parent.name
     name = re.escape(path.stem if room == "commands" else path.name)
     own = [entry for entry in entries if room == "vit_jax_ext" or entry.startswith(f"{room}/")]
@@ -141,6 +147,6 @@ def test_the_tree_names_every_file():
 def test_help_is_quick():
   """0.04 s on an idle machine: nothing heavy is imported before a command runs."""
   heavy = {"jax", "numpy", "tensorflow", "ml_collections", "rich"}
-  code = f"import sys, main; main.make_parser(); print({heavy} & set(sys.modules))"
+  code = f"import sys; from vit_jax_ext import command_line as c; c.make_parser(); print({heavy} & set(sys.modules))"
   done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
   assert done.stdout.strip() == "set()"

@@ -15,6 +15,8 @@ HEAVY = {"tensorflow", "tensorflow_datasets", "clu"}
 # Rooms and files from the top of the house to the bottom. Each imports from rows below its own alone; files of a room
 # of which the table names none may import each other.
 HOUSE = """
+__main__
+command_line
 commands
 studies.run
 studies.study
@@ -34,6 +36,7 @@ training.optimizer
 pretrained
 weight_files  weight_names  inputs
 workdir.checkpoint  workdir.writers
+workdir.trackers
 workdir.config  workdir.metrics  workdir.description  workdir.analysis  workdir.digests  workdir.disk  workdir.lock
 data
 models.registry
@@ -114,8 +117,10 @@ def test_arrows_are_seen():
     ("tensorflow", {"data"}),
     ("tensorflow_datasets", {"data"}),
     ("orbax", {"workdir.checkpoint"}),
-    ("clu", {"workdir.writers", "training.train"}),
-    ("argparse", {"commands", "weight_files"}),  # checkpoints of timm hold its namespaces
+    ("clu", {"workdir.writers"}),
+    ("wandb", {"workdir.trackers"}),
+    ("mlflow", {"workdir.trackers"}),
+    ("argparse", {"command_line", "commands", "weight_files"}),  # checkpoints of timm hold its namespaces
   ],
 )
 def test_libraries_have_their_places(library, places):
@@ -136,7 +141,7 @@ def test_commands_alone_print():
     for path in PACKAGE.rglob("*.py")
     if re.search(r"(?<![\w.])print\(|sys\.stdout|rich\.(console|table)", path.read_text())
   }
-  assert printing == {"commands", "console"}
+  assert printing == {"__main__", "command_line", "commands", "console"}
 
 
 def test_configs_do_not_import_the_package():

@@ -1,11 +1,13 @@
 """Experiment configs: from a file and the command line into a run."""
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import importlib.util
 import json
 import os
 import pathlib
+import sys
 import traceback
 import types
 from typing import Any
@@ -16,7 +18,10 @@ from vit_jax_ext import config_keys
 from vit_jax_ext.config_keys import KEYS, OPTIONS
 from vit_jax_ext.errors import UserError
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+# A wheel has them inside; in the repository they lie beside the package, for people who edit them.
+CONFIGS = pathlib.Path(__file__).parent / "configs"
+if not CONFIGS.is_dir():
+  CONFIGS = CONFIGS.parents[1] / "configs"
 DEFAULT = str(CONFIGS / "digits.py")
 
 
@@ -24,7 +29,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
   """Runs `get_config(argument)` of a config file; the file's VARIANTS, if it has some, are the arguments it takes.
 
   Args:
-    spec: PATH or PATH:ARGUMENT, e.g. "configs/digits.py:crossvit".
+    spec: PATH or PATH:ARGUMENT, e.g. "configs/digits.py:crossvit"; ours are found from any folder.
 
   Raises:
     UserError: the file is missing, is no config, or does not know the argument.
@@ -77,6 +82,8 @@ def read_study(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def _load_module(path: str, function: str = "get_config") -> types.ModuleType:
+  if not os.path.isfile(path) and os.path.dirname(path) == CONFIGS.name:
+    path = str(CONFIGS.parent / path)
   if not os.path.isfile(path):
     raise UserError(f"config {path} does not exist; give a file such as configs/digits.py")
   module_spec = importlib.util.spec_from_file_location("experiment_config", path)
@@ -84,12 +91,35 @@ def _load_module(path: str, function: str = "get_config") -> types.ModuleType:
     raise UserError(f"config {path} is no Python file; give one such as configs/digits.py")
   module = importlib.util.module_from_spec(module_spec)
   try:
-    module_spec.loader.exec_module(module)
+    with _importable_configs(path):
+      module_spec.loader.exec_module(module)
   except Exception as error:
     raise _broken(path, error) from None
   if not hasattr(module, function):
     raise UserError(f"config {path} defines no {function}(argument); see configs/digits.py for one that does")
   return module
+
+
+@contextlib.contextmanager
+def _importable_configs(path: str) -> Iterator[None]:
+  """While open, `from configs import ...` finds what lies beside the file, if its folder has this name, and then ours.
+
+  No other package of the name counts, and none is disturbed.
+  """
+
+  def loaded() -> list[str]:
+    return [name for name in sys.modules if name.partition(".")[0] == CONFIGS.name]
+
+  others = {name: sys.modules.pop(name) for name in loaded()}
+  folder = pathlib.Path(path).resolve().parent
+  package = sys.modules[CONFIGS.name] = types.ModuleType(CONFIGS.name)
+  package.__path__ = [*([str(folder)] if folder.name == CONFIGS.name else []), str(CONFIGS)]
+  try:
+    yield
+  finally:
+    for name in loaded():
+      del sys.modules[name]
+    sys.modules.update(others)
 
 
 def _broken(path: str, error: Exception) -> UserError:

@@ -79,6 +79,10 @@ KEYS = {
   "eval_every_steps": Key(integer(1), "evaluation, which also saves"),
   "checkpoint.every_steps": Key(integer(1), "besides one at every evaluation"),
   "checkpoint.keep_last": Key(integer(1), "besides the best"),
+  "tracker": Key(
+    Rule(str, choices=("wandb", "mlflow"), optional=True),
+    "gets the metrics too; None: TensorBoard and metrics.jsonl alone",
+  ),
   "compilation_cache": Key(
     Rule(str, optional=True, empty=True),
     "folder of compiled programs, for the next start; auto: under the user's cache; None or empty: none",

@@ -166,7 +166,9 @@ def read_source(source: Source, variant: str) -> tuple[dict[str, np.ndarray], st
     weights = {_torch_name(path): _to_torch_layout(path, array) for path, array in arrays.items()}
   else:
     published = registry.VARIANTS.get(variant)
-    weights, where = weight_files.read_weights(os.fspath(source), published and BYTES_OF_PARAMETER * published.params)
+    weights, where = weight_files.read_weights(
+      os.fspath(source), published and published.params and BYTES_OF_PARAMETER * published.params
+    )
   return weight_names.to_authors({name: np.asarray(array) for name, array in weights.items()}), where
 
 

@@ -131,7 +131,7 @@ def import_torch(path: pathlib.Path) -> types.ModuleType:
     import torch
   except ImportError:
     raise UserError(
-      f"{path} is a PyTorch file, and PyTorch is not installed; pip install -e '.[torch]', or use .safetensors"
+      f"{path} is a PyTorch file, and PyTorch is not installed; pip install 'vit_jax_ext[torch]', or use .safetensors"
     ) from None
   return torch
 

@@ -61,7 +61,8 @@ def test_tpu_vm_dry_run():
     [*gcloud, "create", "pod", "--zone=zone", "--accelerator-type=v5litepod-16", "--version=image", "--spot"]
   ]
   archive, copy, install = run("tpu_vm.sh", "--dry-run", "install", **slice)[2].split("\n+ ")
-  assert archive.startswith("+ git archive") and "scp" in copy and "--worker=all" in copy and '-e ".[tpu]"' in install
+  assert archive.startswith("+ git archive") and "scp" in copy and "--worker=all" in copy
+  assert '-e ".[train,tpu]"' in install
   train = run("tpu_vm.sh", "--dry-run", "train", "--config.x=(1, 2)", **slice)[2]
   assert r"main.py train --distributed --config.x=\\(1\\,\\ 2\\)" in train
   assert dry("delete") == [[*gcloud, "delete", "pod", "--zone=zone", "--quiet"]]

@@ -10,7 +10,7 @@ import pytest
 from vit_jax_ext.training import accelerators
 
 ROOT = pathlib.Path(__file__).parents[2]
-CUDA, TPU = "pip install -e '.[cuda]'", "pip install -e '.[tpu]'"
+CUDA, TPU = "pip install 'vit_jax_ext[cuda]'", "pip install 'vit_jax_ext[tpu]'"
 GOOGLE, INTEL = "0x1ae0\n", "0x8086\n"
 
 

@@ -1,7 +1,6 @@
 """DeepViT in training: BatchNorm statistics over devices, in averages, under remat, after a resume; cosine loss."""
 
 import json
-import sys
 
 from flax import nnx
 import jax
@@ -10,7 +9,6 @@ import optax
 import pytest
 
 from configs import digits
-import main
 from tests.training.steps import make_step
 import vit_jax_ext as vx
 from vit_jax_ext.console import Progress
@@ -156,12 +154,11 @@ def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(deepvit_config, t
    ("vit", "()", "without blocks")],
 )  # fmt: skip
 def test_a_model_without_maps_is_refused_before_the_workdir_is_claimed(
-  config, blocks, message, tmp_path, data_dir, monkeypatch, capsys
+  config, blocks, message, tmp_path, data_dir, run
 ):
-  argv = ["main.py", f"--config=configs/digits.py:{config}", f"--workdir={tmp_path / 'run'}",
-          f"--config.dataset.data_dir={data_dir}", "--config.cosine_regularizer.weight=0.1",
-          f"--config.cosine_regularizer.blocks={blocks}"]  # fmt: skip
-  monkeypatch.setattr(sys, "argv", argv)
-  assert main.main() == 2
-  assert message in capsys.readouterr().err
+  status, _, err = run(
+    f"--config=configs/digits.py:{config}", f"--workdir={tmp_path / 'run'}", f"--config.dataset.data_dir={data_dir}",
+    "--config.cosine_regularizer.weight=0.1", f"--config.cosine_regularizer.blocks={blocks}",
+  )  # fmt: skip
+  assert status == 2 and message in err
   assert not (tmp_path / "run").exists()

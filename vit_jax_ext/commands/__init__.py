@@ -208,6 +208,8 @@ def trained_models(
     adopt_architecture(config, config.pretrained, whole=not args.config)
     pairs = [(config, None)]
   else:
+    if args.config:
+      configs.load_config(args.config)  # which may register the model
     pairs = [(read_workdir_config(workdir), workdir) for workdir in workdirs or [default_workdir(args)]]
   for config, _ in pairs:
     configs.override(config, args.overrides)

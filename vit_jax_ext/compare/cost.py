@@ -171,14 +171,14 @@ def models_table(names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def published_row(
-  name: str, top1: float | None, published_params: float, published_adds: float | None, params: int, adds: int
+  name: str, top1: float | None, published_params: float | None, published_adds: float | None, params: int, adds: int
 ) -> dict[str, Any]:
   """Returns our counts beside the published figures, ready to print."""
   return {
     "model": name,
     "params": params,
-    "published": round(published_params),
-    "params off": f"{params / published_params - 1:+.1%}",
+    "published": published_params and round(published_params),
+    "params off": f"{params / published_params - 1:+.1%}" if published_params else None,
     "multiply-adds": humanize.metric(adds),
     "published G": published_adds,
     "off": f"{adds / 1e9 / published_adds - 1:+.1%}" if published_adds else None,

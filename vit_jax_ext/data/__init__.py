@@ -1,8 +1,15 @@
 """Input pipelines; TensorFlow lives here and nowhere else."""
 
 import contextlib
+import importlib.util
 import os
 import sys
+
+from vit_jax_ext.errors import UserError
+
+for _name in ("tensorflow", "tensorflow_datasets", "clu", "sklearn"):  # before any is imported
+  if importlib.util.find_spec(_name) is None:
+    raise UserError(f"reading datasets and training need {_name}, which is not there; pip install 'vit_jax_ext[train]'")
 
 # TensorFlow goes on without Keras, which nothing here needs and which takes a third of its import with it.
 _keras = sys.modules.setdefault("keras", None)

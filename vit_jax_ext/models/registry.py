@@ -36,7 +36,7 @@ class Variant:
     model: the module class.
     kwargs: its hyper-parameters.
     image_size: side of the square images it was trained with, pixels.
-    params: number of parameters with 1000 classes.
+    params: number of parameters with 1000 classes; None where nobody has published it.
     multiply_adds: published multiply-adds of one forward pass, in 10^9; None where none was published.
     top1: published ImageNet-1k accuracy, percent; None where none was published.
     url: address of the authors' released weights.
@@ -52,9 +52,9 @@ class Variant:
   model: type[nnx.Module]
   kwargs: dict[str, Any]
   image_size: int
-  params: int
-  multiply_adds: float | None
-  top1: float | None
+  params: int | None = None
+  multiply_adds: float | None = None
+  top1: float | None = None
   url: str | None = None
   hub: str | None = None
   license: str | None = None
@@ -219,6 +219,26 @@ VARIANTS: dict[str, Variant] = dict(
 )
 
 
+PUBLISHED = frozenset(VARIANTS)
+
+
+def register_model(name: str, variant: Variant) -> None:
+  """Makes a model of your own known to `create_model`, configs and commands, as long as this process runs.
+
+  Given again, the name means the new one.
+
+  Args:
+    name: as config.model.name has it.
+    variant: its class, of which README says what it has to take and return, and hyper-parameters.
+
+  Raises:
+    UserError: the name is that of a published model.
+  """
+  if name in PUBLISHED:
+    raise UserError(f"model {name!r} is a published one; choose another name")
+  VARIANTS[name] = variant
+
+
 def list_models(pattern: str = "*") -> list[str]:
   """Returns the names that `create_model` knows, sorted: those that match a pattern such as "swin*"."""
   return sorted(fnmatch.filter(VARIANTS, pattern))
@@ -270,7 +290,8 @@ def hyperparameters(spec: Mapping[str, Any]) -> dict[str, Any]:
   return _options(variant.model) | variant.kwargs | dict(spec["overrides"])
 
 
-# What an option may be; where a variant has a list, it is a list. Names are checked where they are looked up.
+# What an option may be; where a variant has a list, it is a list. Names are checked where they are looked up, and
+# other options of a class from outside by itself.
 _RULES = {
   "num_classes": integer(0),
   "image_size": integer(1),
@@ -305,6 +326,8 @@ _RULES = {
 def _check_options(variant: Variant, options: Mapping[str, Any]) -> None:
   """Raises UserError unless each option is of the type, nesting and range that its class takes."""
   for name, value in options.items():
+    if name not in _RULES:
+      continue
     rule, usual = _RULES[name], variant.kwargs.get(name, _options(variant.model)[name])
     if isinstance(usual, tuple):  # CrossViT has two branches
       length = 2 if issubclass(variant.model, CrossViT) else None

@@ -36,9 +36,9 @@ def unused() -> str | None:
   if _has_gpu() and any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
     return "this machine has an NVIDIA GPU, but JAX's plugin for it fails and the CPU is used; does nvidia-smi work?"
   if _has_gpu():
-    return "this machine has an NVIDIA GPU, but JAX sees only the CPU; run pip install -e '.[cuda]'"
+    return "this machine has an NVIDIA GPU, but JAX sees only the CPU; run pip install 'vit_jax_ext[cuda]'"
   if _has_tpu():
-    return "this machine has a TPU, but JAX sees only the CPU; run pip install -e '.[tpu]'"
+    return "this machine has a TPU, but JAX sees only the CPU; run pip install 'vit_jax_ext[tpu]'"
   return None
 
 

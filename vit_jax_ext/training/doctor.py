@@ -20,14 +20,14 @@ from vit_jax_ext.training import accelerators
 from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.sharding import axis_sizes, bytes_per_device, limit_at_hand
 from vit_jax_ext.training.train_step import activation_bytes
-from vit_jax_ext.workdir import checkpoint, lock
+from vit_jax_ext.workdir import checkpoint, lock, trackers
 from vit_jax_ext.workdir.config import FILE, check_workdir
 
 
 def examine(
   config: ml_collections.ConfigDict, workdir: str, target: Target | None = None
 ) -> Iterator[tuple[str, bool, str]]:
-  """Yields (name, whether it is well, finding) for devices, dataset, model and mesh, memory, weights and workdir.
+  """Yields (name, whether it is well, finding) for devices, dataset, model, memory, weights, tracker and workdir.
 
   Nothing is trained or written.
 
@@ -84,6 +84,8 @@ def _checks(
     yield "memory", lambda: _check_memory(config, found["experiment"], target)
     if config.pretrained:
       yield "pretrained", lambda: str(load_pretrained(found["experiment"].model, config.pretrained))
+  if config.tracker:
+    yield "tracker", lambda: trackers.check_installed(config.tracker)
   yield "workdir", lambda: _check_workdir(config, workdir, found.get("experiment"))
 
 

@@ -1,7 +1,10 @@
-"""Exact evaluation over a split: every image counts once, padding not at all."""
+"""Exact evaluation over a split: every image counts once, padding not at all.
+
+The step is compiled without TensorFlow, too, by `plan`.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 from flax import nnx
@@ -9,8 +12,6 @@ import jax
 import ml_collections
 import numpy as np
 
-from vit_jax_ext.data import input_pipeline
-from vit_jax_ext.data.datasets import Dataset, open_dataset
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import registry
 from vit_jax_ext.models.functional import split_model
@@ -20,6 +21,9 @@ from vit_jax_ext.training.train_step import Batch, Metrics, make_eval_step, make
 from vit_jax_ext.training.weights import DEFAULT_THRESHOLD, load_weights, read_classes
 from vit_jax_ext.workdir import description, lock
 from vit_jax_ext.workdir.config import read_workdir_config
+
+if TYPE_CHECKING:
+  from vit_jax_ext.data.datasets import Dataset
 
 
 def evaluate(
@@ -69,7 +73,7 @@ class SplitEvaluator:
   def __init__(
     self,
     config: ml_collections.ConfigDict,
-    dataset: Dataset,
+    dataset: "Dataset",
     model: nnx.Module,
     mesh: jax.sharding.Mesh,
   ):
@@ -102,6 +106,8 @@ class SplitEvaluator:
     return ranking
 
   def _batches(self, on_batch: Callable[[], None]) -> Iterator[Batch]:
+    from vit_jax_ext.data import input_pipeline
+
     def batches():
       for batch in input_pipeline.eval_batches(self._dataset, self._split, **self._options):
         on_batch()
@@ -126,6 +132,8 @@ def evaluate_weights(config: ml_collections.ConfigDict, workdir: str | None) -> 
   The thresholds of several labels are found on the run's own evaluation split, and kept in the run. Elsewhere they are
   those that the weights know.
   """
+  from vit_jax_ext.data.datasets import open_dataset
+
   told = distributed.told_by_first if jax.process_count() > 1 else None
   dataset = open_dataset(config.dataset.name, config.dataset.data_dir, told)
   split = config.dataset.eval_split

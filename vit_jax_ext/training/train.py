@@ -7,7 +7,6 @@ import dataclasses
 import time
 
 from absl import logging
-from clu import parameter_overview
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from vit_jax_ext.training.evaluate import SplitEvaluator
 from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.train_step import TrainState
 from vit_jax_ext.training.waiting import InputWait
-from vit_jax_ext.workdir import checkpoint, description, lock
+from vit_jax_ext.workdir import checkpoint, description, lock, trackers
 from vit_jax_ext.workdir.config import claim_workdir
 from vit_jax_ext.workdir.metrics import Means
 from vit_jax_ext.workdir.writers import open_writer
@@ -50,7 +49,7 @@ def train(
 
   Args:
     config: see configs/common.py.
-    workdir: gets config.json, checkpoints/, metrics.jsonl and TensorBoard files.
+    workdir: gets config.json, checkpoints/, metrics.jsonl, TensorBoard files and those of `config.tracker`.
     new_progress: called with the step from which the training goes on and the last one; by default a bar of its own.
     compiled: a file of programs that are taken where they fit, see `ahead.py`.
 
@@ -64,6 +63,8 @@ def train(
     Preempted: SIGTERM came, and the state is saved.
   """
   configs.check(config)
+  if config.tracker:
+    trackers.check_installed(config.tracker)
   with contextlib.nullcontext() if jax.process_index() else lock.hold(workdir):
     return _train(config, workdir, new_progress, compiled)
 
@@ -121,7 +122,7 @@ def _train(
   logging.info(
     "%s: %s parameters; step %d of %d, %d images each, on %d device(s); workdir %s",
     config.model.name,
-    f"{parameter_overview.count_parameters(state.params):,}",
+    f"{sum(param.size for param in jax.tree.leaves(state.params)):,}",
     first_step,
     total_steps,
     config.batch_size,
@@ -169,7 +170,7 @@ def _train(
   finite = faults.FiniteWatch(experiment.schedule, skip=config.skip_nonfinite)
   with (
     checkpoint.open_checkpoints(workdir, keep_last=config.checkpoint.keep_last) as checkpoints,
-    open_writer(workdir, first_step) as writer,
+    open_writer(workdir, first_step, config) as writer,
     new_progress(first_step, total_steps) as progress,
     preemption,
   ):

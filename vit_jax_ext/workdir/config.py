@@ -16,7 +16,7 @@ from vit_jax_ext.workdir import CONFIG
 FILE = CONFIG
 # What may differ when a run is continued: it changes where and how often, not what is computed.
 FREE_KEYS = ("mesh", "checkpoint", "log_every_steps", "eval_every_steps", "dataset.data_dir",
-             "skip_nonfinite", "compilation_cache")  # fmt: skip
+             "skip_nonfinite", "tracker", "compilation_cache")  # fmt: skip
 
 
 LENGTHS = ("total_steps", "total_epochs")  # of which a run may get more
