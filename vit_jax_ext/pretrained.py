@@ -1,6 +1,6 @@
 """Weights into our models and out again: the authors' names and layouts, strict both ways."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import json
 import math
@@ -87,7 +87,8 @@ def load_pretrained(model: nnx.Module, source: Source, *, keep_classifier: bool 
       or type; a value that is not finite. The model is then unchanged.
   """
   variant = getattr(model, "variant", type(model).__name__)  # a class may be used without its registered name
-  return fill(model, *read_source(source, variant), keep_classifier=keep_classifier)
+  read = read_source(source, variant, lambda: model)
+  return fill(model, *read, keep_classifier=keep_classifier)
 
 
 def fill(
@@ -131,12 +132,15 @@ def fill(
   return report
 
 
-def read_source(source: Source, variant: str) -> tuple[dict[str, np.ndarray], str]:
+def read_source(
+  source: Source, variant: str, model: Callable[[], nnx.Module] | None = None
+) -> tuple[dict[str, np.ndarray], str]:
   """Returns weights under the authors' names and in their layouts, and what to call them.
 
   Args:
     source: see `load_pretrained`.
     variant: a registered name, whose published weights True stands for.
+    model: called where a file's names are looked at before the file is read: an .npz may unpack to anything.
 
   Raises:
     UserError: the source cannot be read, or nothing was published.
@@ -156,8 +160,20 @@ def read_source(source: Source, variant: str) -> tuple[dict[str, np.ndarray], st
     weights = {_torch_name(path): _to_torch_layout(path, array) for path, array in arrays.items()}
   else:
     published = registry.VARIANTS.get(variant)
-    weights, where = weight_files.read_weights(os.fspath(source), published and BYTES_OF_PARAMETER * published.params)
+    largest = published and BYTES_OF_PARAMETER * published.params
+    weights, where = weight_files.read_weights(
+      os.fspath(source), largest, model and (lambda stand_ins: _check_names(model(), _from_timm(stand_ins), source))
+    )
   return _from_timm({name: np.asarray(array) for name, array in weights.items()}), where
+
+
+def _check_names(model: nnx.Module, names: Collection[str], where: Any) -> None:
+  """Raises UserError if there are names of nothing that the model has, or might do without."""
+  known = {_torch_name(path) for path, _ in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))}
+  unknown = [name for name in names
+             if name not in known and name.rpartition(".")[2] not in _BUFFERS and not _CLASSIFIER.fullmatch(name)]  # fmt: skip
+  if unknown:
+    raise UserError(_misfit(getattr(model, "variant", type(model).__name__), where, [], unknown, []))
 
 
 def read_description(source: Any) -> dict[str, Any] | None:
@@ -175,7 +191,8 @@ def read_description(source: Any) -> dict[str, Any] | None:
     return None
   try:
     with safetensors.safe_open(path, "np") as file:
-      return json.loads((file.metadata() or {}).get(METADATA, "null"))
+      about = json.loads((file.metadata() or {}).get(METADATA, "null"))
+      return about if isinstance(about["overrides"], dict) and {"model", "num_classes", "crop"} <= about.keys() else None
   except Exception:  # whoever reads the weights will say what is wrong
     return None
 
@@ -302,7 +319,7 @@ def convert(source: Source, target: str | os.PathLike, spec: Mapping[str, Any], 
     UserError: what `load_pretrained` and `save_pretrained` refuse.
   """
   registry.get_variant(spec["name"])
-  weights, where = read_source(source, spec["name"])
+  weights, where = read_source(source, spec["name"], lambda: registry.abstract_model(spec, 0))
   saved_classes = count_classes(weights)
   if num_classes in (None, saved_classes):
     model = registry.abstract_model(spec, saved_classes)
