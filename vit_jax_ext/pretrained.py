@@ -170,8 +170,8 @@ def read_source(
 def _check_names(model: nnx.Module, names: Collection[str], where: Any) -> None:
   """Raises UserError if there are names of nothing that the model has, or might do without."""
   known = {_torch_name(path) for path, _ in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))}
-  unknown = [name for name in names
-             if name not in known and name.rpartition(".")[2] not in _BUFFERS and not _CLASSIFIER.fullmatch(name)]  # fmt: skip
+  foreign = [name for name in names if name not in known and not _CLASSIFIER.fullmatch(name)]
+  unknown = [name for name in foreign if name.rpartition(".")[2] not in _BUFFERS]
   if unknown:
     raise UserError(_misfit(getattr(model, "variant", type(model).__name__), where, [], unknown, []))
 
@@ -192,7 +192,7 @@ def read_description(source: Any) -> dict[str, Any] | None:
   try:
     with safetensors.safe_open(path, "np") as file:
       about = json.loads((file.metadata() or {}).get(METADATA, "null"))
-      return about if isinstance(about["overrides"], dict) and {"model", "num_classes", "crop"} <= about.keys() else None
+    return about if isinstance(about["overrides"], dict) and {"model", "num_classes", "crop"} <= about.keys() else None
   except Exception:  # whoever reads the weights will say what is wrong
     return None
 

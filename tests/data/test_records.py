@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pathlib
 import re
 import shutil
 import socket
@@ -217,32 +218,32 @@ def test_a_run_goes_on_with_the_same_dataset_alone(data_dir, tmp_path, run):
   assert status == 2 and "counted/1.3.0" in error and "counted/1.2.0" in error
 
 
-def many(folder, files):
-  """Prepares files of 20,000 images each as the dataset `many` in `folder`; the files are one, by several names."""
+def many(folder):
+  """Prepares the dataset `many` of 20,000 images, and of 200,000, which are those by ten names; returns the folders."""
   size, image, noise = 20_000, png(7), np.random.default_rng(0).bytes(6000)
   features = tfds.features.FeaturesDict(
     {"image": tfds.features.Image(encoding_format="png"), "label": tfds.features.ClassLabel(num_classes=3)}
   )
   builder = tfds.dataset_builders.store_as_tfds_dataset(
-    name="many", version="1.0.0", data_dir=folder / "once", features=features, disable_shuffling=True,
+    name="many", version="1.0.0", data_dir=folder, features=features, disable_shuffling=True,
     split_datasets={"train": [(i, {"image": image + noise, "label": i % 3}) for i in range(size)]},
   )  # fmt: skip
-  for _ in records.convert(builder, str(folder / "new")):
+  for _ in records.convert(builder, str(folder / "one")):
     pass
-  paths = sorted((folder / "new").rglob("*.array_record*"))
-  info = paths[0].with_name("dataset_info.json")
-  facts = json.loads(info.read_text())
-  facts["splits"][0]["shardLengths"] *= files
-  info.write_text(json.dumps(facts))
-  for number in range(files):
-    for i, path in enumerate(paths):
-      name = f"many-train.array_record-{number * len(paths) + i:05}-of-{files * len(paths):05}"
-      os.link(path, path.with_name(f"{name}.new"))
+  ten = folder / "ten" / "many" / "1.0.0"
+  shutil.copytree(folder / "one" / "many" / "1.0.0", ten, copy_function=os.link)
+  paths = sorted(ten.glob("*.array_record*"))
+  for number, path in enumerate(10 * paths):
+    os.link(path, ten / f"many-train.array_record-{number:05}-of-{10 * len(paths):05}.new")
   for path in paths:
     path.unlink()
-  for path in info.parent.glob("*.new"):
+  for path in ten.glob("*.new"):
     path.rename(path.with_suffix(""))
-  return str(folder / "new")
+  facts = json.loads((ten / "dataset_info.json").read_text())
+  facts["splits"][0]["shardLengths"] *= 10
+  (ten / "dataset_info.json").unlink()
+  (ten / "dataset_info.json").write_text(json.dumps(facts))
+  return str(folder / "one"), str(folder / "ten")
 
 
 def batches_of_many(folder, first_step, steps):
@@ -258,8 +259,8 @@ def batches_of_many(folder, first_step, steps):
 @pytest.mark.slow
 def test_resuming_reads_a_hundredth_of_the_bytes(tmp_path):
   """At a random step of 200,000 images, within three seconds."""
-  folder = many(tmp_path, 10)
-  stored = sum(path.stat().st_size for path in (tmp_path / "new").rglob("*.array_record*"))
+  _, folder = many(tmp_path)
+  stored = sum(path.stat().st_size for path in pathlib.Path(folder).rglob("*.array_record*"))
   for step in [0, *np.random.default_rng(0).integers(0, 5 * 200_000 // 100, 3).tolist()]:
     began, read = time.monotonic(), _bytes_read()
     batches = batches_of_many(folder, step, 10**6)
@@ -272,17 +273,17 @@ def test_resuming_reads_a_hundredth_of_the_bytes(tmp_path):
 
 @pytest.mark.slow
 def test_memory_does_not_depend_on_the_dataset(tmp_path):
-  """The peak of 3,000 batches, of 20,000 images and of 200,000; the interpreter and TensorFlow are in it."""
+  """The peak of 1,000 batches, of 20,000 images and of 200,000; the interpreter and TensorFlow are in it."""
   code = """
 import resource, sys
 from tests.data.test_records import batches_of_many
-for batch in batches_of_many(sys.argv[1], 0, 3000):
+for batch in batches_of_many(sys.argv[1], 0, 1000):
   pass
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
   peaks = []
-  for files in (1, 10):
-    command = [sys.executable, "-c", code, many(tmp_path / str(files), files)]
+  for folder in many(tmp_path):
+    command = [sys.executable, "-c", code, folder]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=os.path.dirname(main.__file__))
     peaks.append(int(done.stdout) / 2**10)
   print(f"{peaks[0]:.0f} and {peaks[1]:.0f} MiB")

@@ -41,7 +41,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def check_output(args: argparse.Namespace) -> None:
-  """Raises UserError if --workdir or --output is no folder, or --output cannot be written: before the work, not after it."""
+  """Raises UserError if --workdir or --output are no folders, or --output cannot be written: before the work."""
   for name in ("workdir", "output"):
     value = getattr(args, name, None)
     for folder in value if isinstance(value, list) else [value]:

@@ -100,8 +100,8 @@ def _path(tfrecord: os.PathLike | str) -> str:
 def convert(builder: tfds.core.DatasetBuilder, folder: str | None) -> Iterator[tuple[int, int]]:
   """Makes ArrayRecord files of a prepared dataset's TFRecord files; yields bytes done and in all, file by file.
 
-  Files that an interrupted conversion has finished stay; what one that was killed had begun goes. Each is counted before it takes its place, and the dataset's
-  description names the new ones when all are there.
+  Files that an interrupted conversion has finished stay; what a killed one had begun goes. Each is counted before it
+  takes its place, and the dataset's description names the new ones when all are there.
 
   Args:
     builder: of the dataset.

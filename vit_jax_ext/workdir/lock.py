@@ -144,7 +144,7 @@ def _lives(path: epath.Path, owner: dict) -> bool:
 
 
 def _touched(path: epath.Path) -> tuple[float, str] | None:
-  """Returns what changes when the file is touched, when that was, 0 if the storage does not tell; None if it is gone."""
+  """Returns when the file was touched, 0 if the storage does not tell, and its text; None if it is gone."""
   try:
     text = path.read_text()  # a network file system looks anew when a file is opened
     return path.stat().mtime, text
