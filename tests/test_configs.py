@@ -27,6 +27,17 @@ ARGUMENTS = {
   "cswin": (*SIZES, "base_384"),
 }
 SPECS = [f"configs/{family}.py:{argument}" for family, arguments in ARGUMENTS.items() for argument in arguments]
+# One of each shape; sizes differ in numbers alone. `pytest -m slow` has all: the first are smoked, the others traced.
+SMOKED = ("crossvit.py:15_dagger", "deepvit.py:32b", "deepvit.py:s", "boat.py:swin_tiny", "boat.py:cswin_tiny",
+          "vit.py:deit_small", "swin.py:base_384", "cswin.py:base_384")  # fmt: skip
+TRACED = ("crossvit.py:9", "crossvit.py:15_dagger_384", "deepvit.py:l_384", "vit.py:deit_base_384", "vit.py:16b",
+          "swin.py:tiny", "cswin.py:tiny")  # fmt: skip
+
+
+def mark_slow(specs, shapes):
+  """Returns all, those that do not end as one of the shapes for `pytest -m slow` alone."""
+  return [spec if spec.endswith(shapes) else pytest.param(spec, marks=pytest.mark.slow) for spec in specs]
+
 
 SHARED = {
   "optimizer.warmup_prefix": False,
@@ -171,10 +182,9 @@ def test_cosine_regularizer_is_of_32b_alone():
     assert (regularizer.weight, regularizer.blocks) == ((0.1, tuple(range(12))) if is_32b else (0.0, ()))
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("smoke", [False, True])
-def test_models_can_be_built(spec, smoke):
-  config = load(spec, f"smoke={smoke}")
+@pytest.mark.parametrize("spec", mark_slow(SPECS, SMOKED + TRACED))
+def test_models_can_be_built(spec):
+  config = load(spec)
   model = registry.abstract_model(config.model, 1000)
   assert isinstance(model, registry.get_variant(config.model.name).model)
 
@@ -240,12 +250,7 @@ def test_a_config_knows_its_arguments(family):
     configs.load_config(f"configs/{family}.py:huge")
 
 
-# One of each shape; sizes differ in numbers alone. `pytest -m slow` smokes all.
-SMOKED = ("crossvit.py:15_dagger", "deepvit.py:32b", "deepvit.py:s", "boat.py:swin_tiny", "boat.py:cswin_tiny",
-          "vit.py:deit_small", "swin.py:base_384", "cswin.py:base_384")  # fmt: skip
-
-
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.endswith(SMOKED)])
+@pytest.mark.parametrize("spec", mark_slow([spec for spec in SPECS if not spec.endswith(SMOKED)], TRACED))
 def test_every_recipe_describes_a_training_step(spec):
   """Those that are not smoked, with the small model of a smoke run; nothing is allocated or compiled."""
   config = load(spec, "smoke=True")
@@ -258,9 +263,7 @@ def test_every_recipe_describes_a_training_step(spec):
   assert {"loss", "top1", "grad_norm"} <= metrics.keys()
 
 
-@pytest.mark.parametrize(
-  "spec", [spec if spec.endswith(SMOKED) else pytest.param(spec, marks=pytest.mark.slow) for spec in SPECS]
-)
+@pytest.mark.parametrize("spec", mark_slow(SPECS, SMOKED))
 def test_smoke(spec, tmp_path):
   """Two steps and an evaluation on synthetic images."""
   assert execute(f"--config={spec}", f"--workdir={tmp_path}", "--config.smoke=True") == 0

@@ -10,9 +10,11 @@ import sys
 import numpy as np
 import PIL.Image
 import pytest
+import safetensors.numpy
 
 import main
 from tests.command_line import execute
+import vit_jax_ext as vx
 from vit_jax_ext.pretrained import read_description
 from vit_jax_ext.workdir import description
 
@@ -105,6 +107,9 @@ def test_what_is_made_of_it_tells_the_same(command, trained, tmp_path, run):
   status, out, err = run("predict", trained / "new" / "00.png", f"--config.pretrained={made}")
   expected = run("predict", trained / "new" / "00.png", f"--workdir={run_dir}")[1]
   assert (status, out) == (0, expected), err
+  (model, info), (expected, _) = vx.load_run(made), vx.load_run(run_dir)
+  images = vx.preprocess(trained / "new" / "00.png", info)
+  np.testing.assert_array_equal(model(images)[0], expected(images)[0])
   assert run("convert", made, tmp_path / "again.safetensors")[0] == 0
   assert read_description(tmp_path / "again.safetensors")["class_names"] == ["cat", "dog", "eel"]
 
@@ -144,6 +149,15 @@ def test_a_model_that_does_not_fit_the_checkpoint(trained, run):
     args = f"--workdir={trained / 'run'}", f"--config.model.overrides.{key}={value}"
     status, _, err = run("predict", trained / "new" / "00.png", *args)
     assert (status, err.count("\n")) == (2, 1) and "of shape" in err
+
+
+@pytest.mark.parametrize("metadata", [None, {"vit_jax_ext": "[]"}, {"vit_jax_ext": '{"model": "vit_16b"}'}])
+def test_a_file_that_does_not_tell_its_model(metadata, trained, tmp_path, run):
+  safetensors.numpy.save_file({"x": np.zeros(3, np.float32)}, tmp_path / "x.safetensors", metadata)
+  with pytest.raises(vx.UserError, match="do not tell their model"):
+    vx.load_run(tmp_path / "x.safetensors")
+  status, _, err = run("predict", trained / "new" / "00.png", f"--config.pretrained={tmp_path / 'x.safetensors'}")
+  assert status == 2 and "are not those of this crossvit_tiny_224" in err
 
 
 @pytest.mark.parametrize("content", ["", "[]", "3", '{"class_names": 3}'])

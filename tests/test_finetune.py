@@ -42,10 +42,10 @@ def workdir(tmp_path_factory, data_dir):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_convert_each_family(run, tmp_path, name, monkeypatch):
+def test_convert_each_family(run, tmp_path, name, random_model):
   """From a PyTorch training checkpoint to .safetensors; the report is a table."""
   overrides = {"image_size": 240 if name.startswith("crossvit") else 224} | SMALL[name]
-  model = vx.create_model(name, num_classes=3, rngs=nnx.Rngs(0), **overrides)
+  model = random_model(name, num_classes=3, **overrides)
   vx.save_pretrained(model, tmp_path / "weights.pth")
   state_dict = torch.load(tmp_path / "weights.pth")["model"]
   torch.save({"state_dict": {f"module.{k}": v for k, v in state_dict.items()}}, tmp_path / "training.pth.tar")
@@ -63,10 +63,8 @@ def test_convert_each_family(run, tmp_path, name, monkeypatch):
     np.testing.assert_array_equal(array, state_dict[key].numpy())
 
 
-def test_convert_tells_what_differs(run, tmp_path):
-  vx.save_pretrained(
-    vx.create_model("crossvit_tiny_224", rngs=nnx.Rngs(0), **SMALL["crossvit_tiny_224"]), tmp_path / "a.pth"
-  )
+def test_convert_tells_what_differs(run, tmp_path, random_model):
+  vx.save_pretrained(random_model("crossvit_tiny_224", **SMALL["crossvit_tiny_224"]), tmp_path / "a.pth")
   sizes = [f"--config.model.overrides.{key}={value}" for key, value in SMALL["crossvit_tiny_224"].items()]
   sizes += ["--config.model.overrides.image_size=384", "--num-classes=7"]
   status, out, _ = run("convert", tmp_path / "a.pth", tmp_path / "b.pth", "--model=crossvit_tiny_224", *sizes)
@@ -180,10 +178,8 @@ def test_mistakes_end_with_one_line_and_status_2(run, args, words, data_dir, tmp
   assert words in err
 
 
-def test_a_classifier_of_other_classes_is_not_evaluated(run, tmp_path, data_dir):
-  model = vx.create_model(
-    "vit_16b", num_classes=7, image_size=8, patch_size=4, depth=2, embed_dim=8, num_heads=2, rngs=nnx.Rngs(0)
-  )
+def test_a_classifier_of_other_classes_is_not_evaluated(run, tmp_path, data_dir, random_model):
+  model = random_model("vit_16b", num_classes=7, image_size=8, patch_size=4, depth=2, embed_dim=8, num_heads=2)
   vx.save_pretrained(model, tmp_path / "x.pth")
   place = [f"--config.dataset.data_dir={data_dir}", "--config.model.overrides.mlp_ratio=3", *SIZES]
   status, _, err = run(

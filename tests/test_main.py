@@ -125,11 +125,16 @@ def test_table_6_is_printed(run, tmp_path):
     (["trian"], ["'trian'", "did you mean train?"]),
     (["studies", "all"], ["'studies'", "did you mean study?"]),
     (["--steps=3"], ["--steps=3"]),
+    (["--workdir="], ["--workdir= is empty"]),
+    (["compare", "--workdir=x", "--workdir="], ["--workdir= is empty"]),
+    (["evaluate", "--output="], ["--output= is empty"]),
+    (["--workdir=gs://bucket/run"], ["gs://bucket/run is in a bucket", "mounted"]),
+    (["convert", "x.pth"], ["holds no run"]),
   ],
 )
 def test_mistakes_end_with_one_line_and_status_2(run, args, words, tmp_path, data_dir):
   place = [] if "compare" in args else [f"--workdir={tmp_path / 'run'}", f"--config.dataset.data_dir={data_dir}"]
-  status, out, err = run(*args, *place)
+  status, out, err = run(*place, *args) if args[0].startswith("--") else run(args[0], *place, *args[1:])
   assert status == 2
   assert out == ""
   line = err.strip().splitlines()[-1]

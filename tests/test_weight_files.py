@@ -17,7 +17,7 @@ import safetensors.numpy
 import torch
 
 import vit_jax_ext as vx
-from vit_jax_ext import weight_files
+from vit_jax_ext import export, pretrained, weight_files
 
 SIZES = dict(image_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, mlp_ratio=2, num_classes=3)
 
@@ -196,7 +196,7 @@ def bad_file(kind, folder, weights):
     content[200:260] = bytes(60)
     path.write_bytes(content)
   elif kind == "pickled npz":
-    np.savez(path.with_suffix(".npz"), a=np.array([Planted(folder / "ran")], object))
+    np.savez(path.with_suffix(".npz"), **weights | {"head.bias": np.array([Planted(folder / "ran")], object)})
     path = path.with_suffix(".npz")
   elif kind in ("malicious", "malicious beside weights", "malicious Namespace", "Namespace subclass"):
     planted = {
@@ -278,6 +278,28 @@ def test_archives_that_unpack_to_too_much(tmp_path, monkeypatch):
   monkeypatch.setattr(weight_files, "LARGEST_NPZ", 10**6)
   with pytest.raises(vx.UserError, match="unpack"):
     weight_files.read_weights(str(tmp_path / "x.npz"))
+
+
+def test_names_are_looked_at_before_anything_is_unpacked(tmp_path, model, weights, monkeypatch):
+  """Also those of Google's ViT, and what convert and export read before there is a model."""
+  np.savez_compressed(tmp_path / "x.npz", **weights, planted=np.zeros(10**6))
+  names = ("posembed_input/pos_embedding", *(f"encoderblock_7/MultiHeadDotProductAttention_1/{part}/kernel"
+                                             for part in ("query", "key", "value")))  # fmt: skip
+  np.savez_compressed(tmp_path / "google.npz", **{f"Transformer/{name}": np.zeros((8, 2, 4)) for name in names})
+  spec = {"name": "deit_tiny_patch16_224", "overrides": {k: v for k, v in SIZES.items() if k != "num_classes"}}
+
+  def fails(*_, **__):
+    raise AssertionError("it is read")
+
+  monkeypatch.setattr(np, "load", fails)
+  for name, foreign in (("x", "planted"), ("google", r"blocks\.7\.attn\.qkv\.weight")):
+    for load in (
+      lambda path: vx.load_pretrained(model, path),
+      lambda path: pretrained.convert(path, tmp_path / "new.safetensors", spec, None),
+      lambda path: export.export(spec, path, str(tmp_path / "new")),
+    ):
+      with pytest.raises(vx.UserError, match=f"1 that the model does not have: {foreign}"):
+        load(tmp_path / f"{name}.npz")
 
 
 def test_without_torch(tmp_path, weights, monkeypatch):

@@ -45,6 +45,9 @@ def use(config: ml_collections.ConfigDict) -> None:
     config: its compilation_cache is a folder, which may be in a bucket (gs://...); "auto", the default, stands for one
       under the user's cache, None or "" for none.
   """
+  compilation_cache.get_file_cache = lambda path: (
+    _Entries(path, max_size=jax.config.jax_compilation_cache_max_size), path
+  )  # fmt: skip
   folder = config.get("compilation_cache", AUTO)
   if not folder or jax.config.jax_compilation_cache_dir:
     return
@@ -58,9 +61,6 @@ def use(config: ml_collections.ConfigDict) -> None:
     if not writable:
       logging.warning("%s cannot be written, compiled programs are not kept; set --config.compilation_cache", folder)
       return
-  compilation_cache.get_file_cache = lambda path: (
-    _Entries(path, max_size=jax.config.jax_compilation_cache_max_size), path
-  )  # fmt: skip
   jax.config.update("jax_compilation_cache_dir", folder)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST)
   compilation_cache.reset_cache()  # JAX looks only once where it is

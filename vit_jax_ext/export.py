@@ -84,7 +84,7 @@ def _load(spec: Mapping[str, Any], source: Any) -> tuple[nnx.Module, int, str]:
   """Returns the model, its number of classes, and what its weights are; None as source means random ones."""
   if source is None:
     return registry.create_model(spec["name"], rngs=nnx.Rngs(0), **spec["overrides"]), 1000, "random weights"
-  weights, where = read_source(source, spec["name"])
+  weights, where = read_source(source, spec["name"], lambda: registry.abstract_model(spec, 0))
   num_classes = count_classes(weights)
   model = registry.abstract_model(spec, num_classes)
   fill(model, weights, where, aspect=aspect_of(source))

@@ -1,6 +1,6 @@
 """Weights into our models and out again: the authors' names and layouts, strict both ways."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import json
 import math
@@ -89,7 +89,8 @@ def load_pretrained(model: nnx.Module, source: Source, *, keep_classifier: bool 
       or type; a value that is not finite. The model is then unchanged.
   """
   variant = getattr(model, "variant", type(model).__name__)  # a class may be used without its registered name
-  return fill(model, *read_source(source, variant), keep_classifier=keep_classifier, aspect=aspect_of(source))
+  read = read_source(source, variant, lambda: model)
+  return fill(model, *read, keep_classifier=keep_classifier, aspect=aspect_of(source))
 
 
 def fill(
@@ -143,12 +144,15 @@ def fill(
   return report
 
 
-def read_source(source: Source, variant: str) -> tuple[dict[str, np.ndarray], str]:
+def read_source(
+  source: Source, variant: str, model: Callable[[], nnx.Module] | None = None
+) -> tuple[dict[str, np.ndarray], str]:
   """Returns weights under the authors' names and in their layouts, and what to call them.
 
   Args:
     source: see `load_pretrained`.
     variant: a registered name, whose published weights True stands for.
+    model: called where a file's names are looked at before the file is read: an .npz may unpack to anything.
 
   Raises:
     UserError: the source cannot be read, or nothing was published.
@@ -166,8 +170,11 @@ def read_source(source: Source, variant: str) -> tuple[dict[str, np.ndarray], st
     weights = {_torch_name(path): _to_torch_layout(path, array) for path, array in arrays.items()}
   else:
     published = registry.VARIANTS.get(variant)
+    largest = published and published.params and BYTES_OF_PARAMETER * published.params
     weights, where = weight_files.read_weights(
-      os.fspath(source), published and published.params and BYTES_OF_PARAMETER * published.params
+      os.fspath(source),
+      largest,
+      model and (lambda found: _check_names(model(), weight_names.to_authors(found), source)),
     )
   return weight_names.to_authors({name: np.asarray(array) for name, array in weights.items()}), where
 
@@ -183,6 +190,15 @@ def _published(variant: str) -> str:
   if published.hub is None or weight_files.cached(published.url).exists():
     return published.url
   return hub.PREFIX + published.hub
+
+
+def _check_names(model: nnx.Module, names: Collection[str], where: Any) -> None:
+  """Raises UserError if there are names of nothing that the model has, or might do without."""
+  known = {_torch_name(path) for path, _ in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))}
+  foreign = [name for name in names if name not in known and not _CLASSIFIER.fullmatch(name)]
+  unknown = [name for name in foreign if name.rpartition(".")[2] not in _BUFFERS]
+  if unknown:
+    raise UserError(_misfit(getattr(model, "variant", type(model).__name__), where, [], unknown, []))
 
 
 def read_description(source: Any) -> dict[str, Any] | None:
@@ -208,7 +224,8 @@ def read_description(source: Any) -> dict[str, Any] | None:
     return None
   try:
     with safetensors.safe_open(path, "np") as file:
-      return json.loads((file.metadata() or {}).get(METADATA, "null"))
+      about = json.loads((file.metadata() or {}).get(METADATA, "null"))
+    return about if isinstance(about["overrides"], dict) and {"model", "num_classes", "crop"} <= about.keys() else None
   except Exception:  # whoever reads the weights will say what is wrong
     return None
 
@@ -345,7 +362,7 @@ def load_anew(
     source, spec, num_classes: see `convert`.
   """
   registry.get_variant(spec["name"])
-  weights, where = read_source(source, spec["name"])
+  weights, where = read_source(source, spec["name"], lambda: registry.abstract_model(spec, 0))
   saved_classes = count_classes(weights)
   if num_classes in (None, saved_classes):
     model = registry.abstract_model(spec, saved_classes)

@@ -4,7 +4,7 @@ Files come from outside: no pickled code runs, and what is damaged is refused in
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import fcntl
 import hashlib
 import os
@@ -43,13 +43,17 @@ TEXTS = {
 CHUNK = 2**16  # bytes of a download that may be lost when it breaks off
 
 
-def read_weights(source: str, largest: int | None = None) -> tuple[Weights, str]:
+def read_weights(
+  source: str, largest: int | None = None, check_names: Callable[[Weights], None] | None = None
+) -> tuple[Weights, str]:
   """Reads a file of PyTorch (.pth, .pt, .pth.tar), .safetensors or .npz (Google's ViT too), told apart by content.
 
   Args:
     source: a local path, of a file or of a repository's folder; https://... or a bucket's address such as gs://...,
       which are kept in `weights_cache()`; hf://..., see `hub`.
     largest: bytes that an .npz may unpack to; None for LARGEST_NPZ.
+    check_names: called before an .npz is unpacked, with arrays of one number each under the names of its own; raises
+      UserError.
 
   Returns:
     The arrays, and where they are from: the source and, in a training checkpoint, the entry that was chosen.
@@ -89,7 +93,7 @@ def read_weights(source: str, largest: int | None = None) -> tuple[Weights, str]
     if head[8:9] == b"{":
       content = safetensors.numpy.load_file(path)
     elif _is_npz(path):
-      content = _read_npz(path, largest or LARGEST_NPZ)
+      content = _read_npz(path, largest or LARGEST_NPZ, check_names)
     else:
       content, entry = _find_state_dict(_read_torch(path), source)
   except UserError:
@@ -110,15 +114,26 @@ def _is_npz(path: pathlib.Path) -> bool:
     return all(name.endswith(".npy") for name in archive.namelist())
 
 
-def _read_npz(path: pathlib.Path, largest: int) -> Weights:
+def _read_npz(path: pathlib.Path, largest: int, check_names: Callable[[Weights], None] | None) -> Weights:
   with zipfile.ZipFile(path) as archive:
     size = sum(member.file_size for member in archive.infolist())
+    stand_ins = {name.removesuffix(".npy"): _stand_in(archive, name) for name in archive.namelist()}
   if size > largest:
     raise UserError(
       f"weights {path} would unpack to {size:,} bytes, not at most {largest:,}; they are not this model's"
     )
+  if check_names:
+    check_names(stand_ins)
   with np.load(path, allow_pickle=False) as archive:
     return dict(archive)
+
+
+def _stand_in(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+  """Returns one number in as many dimensions as an array has, of which the beginning alone is read."""
+  with archive.open(name) as file:
+    version = np.lib.format.read_magic(file)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    return np.zeros((1,) * len(read_header(file)[0]))
 
 
 def import_torch(path: pathlib.Path) -> types.ModuleType:

@@ -91,9 +91,9 @@ def test_blocks_with_equal_maps_are_similar_and_with_different_ones_not():
   np.testing.assert_allclose(summary["ratio"]["1"][0], 1)
 
 
-def test_a_model_without_such_maps_is_refused():
+def test_a_model_without_such_maps_is_refused(random_model):
   overrides = dict(image_size=48, embed_dim=(24, 48), depth=((1, 1),))
-  model = vx.create_model("crossvit_tiny_224", rngs=nnx.Rngs(0), **overrides)
+  model = random_model("crossvit_tiny_224", **overrides)
   with pytest.raises(vx.UserError, match=r"choose one of deepvit_16b, .*vit_32b"):
     batch = {"image": np.zeros((1, 48, 48, 3)), "label": np.zeros(1), "mask": np.ones(1, bool)}
     similarity.measure_similarity(model, [batch])
@@ -103,13 +103,13 @@ def test_a_model_without_such_maps_is_refused():
 
 
 @pytest.mark.parametrize("thresholds", [{"threshold": 0.0}, {"threshold": 1.2}, {"head_threshold": -0.5}])
-def test_bad_thresholds(thresholds):
-  model = vx.create_model("vit_16b", rngs=nnx.Rngs(0), **SMALL)
+def test_bad_thresholds(thresholds, random_model):
+  model = random_model("vit_16b", **SMALL)
   with pytest.raises(vx.UserError, match=r"choose one in \(0, 1\]"):
     similarity.measure_similarity(model, [], **thresholds)
 
 
-def test_no_images():
-  model = vx.create_model("vit_16b", rngs=nnx.Rngs(0), **SMALL)
+def test_no_images(random_model):
+  model = random_model("vit_16b", **SMALL)
   with pytest.raises(vx.UserError, match="no images"):
     similarity.measure_similarity(model, [])

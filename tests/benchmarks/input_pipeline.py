@@ -1,9 +1,12 @@
 """How fast the host feeds the devices: our pipeline beside tf.data, Pillow, torchvision v2, timm and grain, in one run.
 
-Run: python tests/benchmarks/input_pipeline.py [500x400] [1600x1200]
+Run: python tests/benchmarks/input_pipeline.py [--one-thread] [500x400] [1600x1200]
 Photographic JPEGs, made of the two photographs that scikit-learn carries, as ArrayRecord; all paths end at 224x224
 pixels. The rounds of the paths alternate, so that a noisy machine is fair to all; medians are printed, of images/s and
 of the processors' time. What is not installed of torch, torchvision, timm and grain is left out.
+
+--one-thread measures the transforms alone, without loaders: the processor's time for an image, which a busy machine
+changes least. It needs them all but grain.
 """
 
 import importlib.util
@@ -179,23 +182,22 @@ def with_grain(dataset: Photographs, workers: int):
   yield from batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
 
 
-def torchvision_v2(jpegs: list[bytes], workers: int):
-  """Yields batches of torchvision's transforms on Pillow's images."""
+def torchvision_v2():
+  """Returns torchvision's crop and flip of Pillow's images."""
   from torchvision.transforms import v2
 
   crop = v2.RandomResizedCrop(SIZE, interpolation=v2.InterpolationMode.BICUBIC)
-  return data_loader(Photographs(jpegs, v2.Compose([crop, v2.RandomHorizontalFlip()])), workers)
+  return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
-def timm_recipe(jpegs: list[bytes], workers: int):
-  """Yields batches of the full recipe by timm, of one magnitude: at some others its posterize fails in Pillow 13."""
+def timm_recipe():
+  """Returns the full recipe by timm, of one magnitude: at some others its posterize fails in Pillow 13."""
   import timm.data
 
-  transform = timm.data.create_transform(
+  return timm.data.create_transform(
     SIZE, is_training=True, auto_augment="rand-m9-inc1", color_jitter=None, interpolation="bicubic",
     use_prefetcher=True,
   )  # fmt: skip
-  return data_loader(Photographs(jpegs, transform), workers)
 
 
 def grain_crop(jpegs: list[bytes], workers: int):
@@ -249,13 +251,17 @@ def compare(width: int, height: int) -> None:
       "bare tf.data map: crop, resize": (lambda: bare(dataset), ()),
       "ours: crop, resize, flip": (lambda: ours(dataset, crop_and_flip), ()),
       "ours, scaled while decoding": (lambda: ours(dataset, crop_and_flip | dict(dct_scaling=True)), ()),
-      f"torchvision v2, {cores} processes": (lambda: torchvision_v2(jpegs, cores), ("torch", "torchvision")),
+      f"torchvision v2, {cores} processes": (
+        lambda: data_loader(Photographs(jpegs, torchvision_v2()), cores), ("torch", "torchvision")
+      ),
       f"Pillow in grain, {cores} processes": (lambda: grain_crop(jpegs, cores), ("grain",)),
       "ours: full recipe": (lambda: ours(dataset, RECIPE), ()),
       "ours, scaled: full recipe": (lambda: ours(dataset, RECIPE | dict(dct_scaling=True)), ()),
       f"Pillow: full recipe, {cores} processes": (lambda: pillow(pool, jpegs), ()),
-      f"timm: full recipe, {cores} processes": (lambda: timm_recipe(jpegs, cores), ("torch", "torchvision", "timm")),
-    }
+      f"timm: full recipe, {cores} processes": (
+        lambda: data_loader(Photographs(jpegs, timm_recipe()), cores), ("torch", "torchvision", "timm")
+      ),
+    }  # fmt: skip
     paths = {name: path for name, (path, needed) in paths.items() if all(map(importlib.util.find_spec, needed))}
     rates = {name: [] for name in paths}
     for _ in range(ROUNDS):
@@ -280,7 +286,55 @@ def compare(width: int, height: int) -> None:
   print(f"a step of 50 ms with {step_images} images waits {idle:.1%} of the time")
 
 
+def one_thread(width: int, height: int) -> None:
+  """Prints what the transforms alone take of the processor for an image, in turns, a batch at a time."""
+  import tensorflow as tf
+  import torch
+
+  from vit_jax_ext.data import input_pipeline, unreadable
+
+  jpegs = photographs(width, height)[: 2 * BATCH]
+
+  def ours(recipe):
+    augment = input_pipeline.train_augmentation(recipe, (SIZE, SIZE), (0.485, 0.456, 0.406), 0.0, 0.0)
+    decode = unreadable.map_or_flag(lambda example: augment(*example))
+    images = tf.data.Dataset.from_tensor_slices(jpegs).enumerate().repeat().batch(BATCH)
+    images = images.map(lambda index, encoded: decode((encoded, tf.stack([index, index], axis=1))))
+    options = tf.data.Options()
+    options.autotune.enabled = False  # it would work ahead, while others are measured
+    options.threading.private_threadpool_size = 1
+    batches = iter(images.with_options(options))
+    return lambda: [next(batches) for _ in range(2)]
+
+  def others(transform):
+    return lambda: [np.array(transform(Image.open(io.BytesIO(jpeg)).convert("RGB"))) for jpeg in jpegs]
+
+  tf.config.threading.set_inter_op_parallelism_threads(1)
+  tf.config.threading.set_intra_op_parallelism_threads(1)
+  torch.set_num_threads(1)
+  crop_and_flip = RECIPE | dict(randaugment="")
+  paths = {
+    "ours: crop, resize, flip": ours(crop_and_flip),
+    "ours, scaled while decoding": ours(crop_and_flip | dict(dct_scaling=True)),
+    "torchvision v2": others(torchvision_v2()),
+    "ours: full recipe": ours(RECIPE),
+    "ours, scaled: full recipe": ours(RECIPE | dict(dct_scaling=True)),
+    "Pillow: full recipe": lambda: [pillow_image(jpeg) for jpeg in jpegs],
+    "timm: full recipe": others(timm_recipe()),
+  }
+  times = {name: [] for name in paths}
+  for _ in range(1 + ROUNDS):  # the first one compiles
+    for name, run in paths.items():
+      start = time.process_time()
+      run()
+      times[name].append(1000 * (time.process_time() - start) / len(jpegs))
+  print(f"JPEGs of {width}x{height} pixels, one thread, {ROUNDS} rounds of {len(jpegs)} images")
+  for name, values in times.items():
+    print(f"{name:30} {np.median(values[1:]):6.2f} ms ({min(values[1:]):.2f} to {max(values[1:]):.2f})")
+
+
 if __name__ == "__main__":
   jax.config.update("jax_platforms", "cpu")
-  for size in sys.argv[1:] or ("500x400", "1600x1200"):
-    compare(*map(int, size.split("x")))
+  measure = one_thread if "--one-thread" in sys.argv else compare
+  for size in [argument for argument in sys.argv[1:] if argument[0] != "-"] or ("500x400", "1600x1200"):
+    measure(*map(int, size.split("x")))

@@ -5,7 +5,6 @@ import pathlib
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -47,22 +46,3 @@ def check_golden(golden, x64, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *(nnx.to_pure_dict(nnx.state(m)) for m in (model, again)))
 
   return check
-
-
-@pytest.fixture(scope="session")
-def random_model():
-  """Returns a function: create_model's arguments -> a model with weights from NumPy, which takes no compilation."""
-
-  def create(name, **kw):
-    model = nnx.eval_shape(lambda: vx.create_model(name, rngs=nnx.Rngs(0), **kw))
-    rng = np.random.default_rng(0)
-
-    def weight(p):
-      spread = 0.3 if p.ndim == 1 else np.prod(p.shape[:-1]) ** -0.5
-      return jnp.asarray(rng.normal(0, spread, p.shape), p.dtype)
-
-    state = jax.tree.map(weight, nnx.state(model, nnx.Param))
-    nnx.update(model, state)
-    return model
-
-  return create

@@ -73,11 +73,11 @@ def test_any_mesh_gives_the_same(statistics_batch, x64):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), alone, split)
 
 
-def test_deepvit_has_it_everywhere(x64):
+def test_deepvit_has_it_everywhere(x64, random_model):
   """Two images of a part do not see the others: a batch of two parts gives what each gives alone."""
   options = dict(image_size=32, num_classes=5, embed_dim=24, depth=2, num_heads=3, statistics_batch=2)
   kw = dict(dtype="float64", param_dtype="float64", reattention_blocks=(1,))
-  graphdef, state = nnx.split(vx.create_model("deepvit_s", rngs=nnx.Rngs(0), **options, **kw))
+  graphdef, state = nnx.split(random_model("deepvit_s", **options, **kw))
   images = jax.random.normal(jax.random.key(0), (4, 32, 32, 3), jnp.float64)
   logits = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x, train=True)[0])
   np.testing.assert_allclose(

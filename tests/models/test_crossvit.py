@@ -13,8 +13,14 @@ from vit_jax_ext.models import crossvit
 TINY = dict(image_size=24, patch_size=(4, 8), embed_dim=(16, 32), num_heads=(2, 4), depth=((1, 2),), mlp_ratio=(2, 2))
 
 
-def tiny(**kw):
-  return vx.create_model("crossvit_tiny_224", num_classes=7, rngs=nnx.Rngs(0), **(TINY | kw))
+@pytest.fixture
+def tiny(random_model):
+  return lambda **kw: random_model("crossvit_tiny_224", **(TINY | dict(num_classes=7) | kw))
+
+
+@jax.jit
+def forward(model, x):
+  return model(x)
 
 
 def images(*shape, seed=0):
@@ -46,9 +52,8 @@ def test_branch_sizes(size):
 
 
 @pytest.mark.parametrize("fusion", crossvit.FUSIONS)
-def test_intermediates(fusion):
-  model = tiny(fusion=fusion, image_size=(24, 32))
-  logits, out = jax.jit(lambda model, x: model(x))(model, images(2, 24, 32, 3))
+def test_intermediates(fusion, tiny):
+  logits, out = forward(tiny(fusion=fusion, image_size=(24, 32)), images(2, 24, 32, 3))
   assert logits.shape == (2, 7)
   heads, dims, tokens = (2, 4), (16, 32), (1 + 6 * 8, 1 + 3 * 4)
   for b in (0, 1):
@@ -66,12 +71,12 @@ def test_intermediates(fusion):
   assert out["pre_logits.0"].shape == (2, 16)
 
 
-def test_what_each_fusion_exchanges():
+def test_what_each_fusion_exchanges(tiny):
   """Class tokens change unless there is no fusion; patch tokens move with all-attention and pairwise fusion alone."""
   rng = np.random.default_rng(0)
   xs = [jnp.asarray(rng.standard_normal((1, n, c)), jnp.float32) for n, c in ((37, 16), (10, 32))]
   for fusion in crossvit.FUSIONS:
-    fused, _ = tiny(fusion=fusion).blocks[0].fuse(xs, None)
+    fused, _ = jax.jit(lambda model, xs: model.blocks[0].fuse(xs, None))(tiny(fusion=fusion), xs)
     for x, y in zip(xs, fused, strict=True):
       assert y.shape == x.shape
       assert np.array_equal(x[:, 0], y[:, 0]) == (fusion == "none")
@@ -95,9 +100,8 @@ def test_cross_attention_costs_grow_linearly_with_tokens():
     assert fusion_cost(size) - fusion_cost(48) == expected
 
 
-def test_no_heads_gives_pooled_features():
-  model = vx.create_model("crossvit_tiny_224", num_classes=0, rngs=nnx.Rngs(0), **TINY)
-  features, out = model(images(2, 24, 24, 3))
+def test_no_heads_gives_pooled_features(tiny):
+  features, out = forward(tiny(num_classes=0), images(2, 24, 24, 3))
   np.testing.assert_array_equal(features, jnp.concatenate([out["pre_logits.0"], out["pre_logits.1"]], axis=-1))
 
 
@@ -111,9 +115,9 @@ def loss_and_grad(model, x, key=None):
   return jax.jit(jax.value_and_grad(loss))(params)
 
 
-def test_bfloat16_is_finite_forward_and_backward():
+def test_bfloat16_is_finite_forward_and_backward(tiny):
   model = tiny(dtype=jnp.bfloat16, drop_path_rate=0.1, drop_rate=0.1, attn_drop_rate=0.1)
-  logits, out = model(images(2, 24, 24, 3))
+  logits, out = jax.eval_shape(forward, model, images(2, 24, 24, 3))
   assert logits.dtype == jnp.float32
   assert out["blocks.0.blocks.0.0.attn"].dtype == jnp.float32
   assert {value.dtype for value in out.values()} == {jnp.dtype("float32")}  # the stream as it is
@@ -121,13 +125,13 @@ def test_bfloat16_is_finite_forward_and_backward():
   assert all(g.dtype == jnp.float32 and bool(jnp.isfinite(g).all()) for g in jax.tree.leaves((loss, grads)))
 
 
-def test_bfloat16_parameters():
+def test_bfloat16_parameters(tiny):
   model = tiny(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
   _, grads = loss_and_grad(model, images(2, 24, 24, 3))
   assert all(g.dtype == jnp.bfloat16 and bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
 
 
-def test_remat_keeps_the_gradients():
+def test_remat_keeps_the_gradients(tiny):
   """Dropout included: the second pass draws what the first one drew."""
   kw = dict(drop_path_rate=0.5, attn_drop_rate=0.2)
   x, key = images(4, 24, 24, 3), jax.random.key(0)
@@ -136,21 +140,20 @@ def test_remat_keeps_the_gradients():
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_drop_rates_need_randomness_and_act_in_training_alone():
+def test_drop_rates_need_randomness_and_act_in_training_alone(tiny):
   model, x = tiny(drop_path_rate=0.5), images(4, 24, 24, 3)
-  np.testing.assert_array_equal(model(x)[0], tiny()(x)[0])
-  first, again, other = (model(x, train=True, rngs=nnx.Rngs(seed))[0] for seed in (1, 1, 2))
+  np.testing.assert_array_equal(forward(model, x)[0], forward(tiny(), x)[0])
+  train = jax.jit(lambda model, key: model(x, train=True, rngs=nnx.Rngs(key))[0])
+  first, again, other = (train(model, jax.random.key(seed)) for seed in (1, 1, 2))
   np.testing.assert_array_equal(first, again)
   assert not np.array_equal(first, other)
   with pytest.raises(vx.UserError, match="rngs"):
     model(x, train=True)
 
 
-def test_drop_path_rates_are_the_authors():
+def test_drop_path_rates_are_the_authors(tiny):
   """One ramp over the total depth; it goes on from stage to stage and both branches of a stage share its values."""
-  model = vx.create_model(
-    "crossvit_tiny_224", rngs=nnx.Rngs(0), **(TINY | dict(depth=((1, 3), (1, 2)), drop_path_rate=0.4))
-  )
+  model = tiny(depth=((1, 3), (1, 2)), drop_path_rate=0.4)
   rates = [[[block.drop_path.rate for block in branch] for branch in stage.blocks] for stage in model.blocks]
   np.testing.assert_allclose(rates[0][1] + rates[1][1], np.linspace(0, 0.4, 5))
   assert (rates[0][0], rates[1][0]) == ([rates[0][1][0]], [rates[1][1][0]])

@@ -83,8 +83,8 @@ def test_layer_norm_is_over_the_heads():
   np.testing.assert_allclose(attn.mean(1), 0, atol=1e-5)
 
 
-def test_training_uses_and_updates_the_batch_statistics():
-  model = vx.create_model("deepvit_s", rngs=nnx.Rngs(0), **SMALL, reattention_blocks=(1, 2))
+def test_training_uses_and_updates_the_batch_statistics(random_model):
+  model = random_model("deepvit_s", **SMALL, reattention_blocks=(1, 2))
   before = nnx.clone(nnx.state(model, nnx.BatchStat))
   norms = {path[:-1] for path in nnx.to_flat_state(before).paths}
   assert norms == {("patch_embed", "bn1"), ("patch_embed", "bn2")} | {("blocks", i, "attn", "var_norm") for i in (1, 2)}
@@ -131,8 +131,8 @@ def test_remat_changes_neither_gradients_nor_statistics(x64):
   assert jnp.any(jax.tree.leaves(rematerialised[1])[0] != 0)
 
 
-def test_scale_adjustment_one_half_sees_half_the_stream():
-  model = vx.create_model("deepvit_s", rngs=nnx.Rngs(0), **SMALL, reattention_blocks=())
+def test_scale_adjustment_one_half_sees_half_the_stream(random_model):
+  model = random_model("deepvit_s", **SMALL, reattention_blocks=())
   block, x = model.blocks[0], jax.random.normal(jax.random.key(0), (1, 5, 24))
   y = x + block.attn(block.norm1(x / 2))[0] * 2
   np.testing.assert_allclose(block(x)[0], y + block.mlp(block.norm2(y / 2)) * 2, rtol=1e-5, atol=1e-6)

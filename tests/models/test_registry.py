@@ -120,6 +120,7 @@ def create(**kw):
     (dict(dropout=0.1), ["dropout", "drop_rate"]),
     (dict(num_classes=-1), ["num_classes -1"]),
     (dict(dtype="int8"), ["int8", "bfloat16"]),
+    (dict(rngs=0), ["rngs 0", "nnx.Rngs"]),
     (dict(dtype="flaot32"), ["flaot32", "bfloat16"]),
     (dict(param_dtype=jnp.float64), ["float64", "jax_enable_x64"]),
     (dict(image_size=230), ["230", "228 and 240"]),

@@ -45,8 +45,8 @@ def test_parameter_count_is_exact(name):
   assert count_params(model) == VARIANTS[name].params
 
 
-def test_intermediates():
-  model = vx.create_model("vit_16b", rngs=nnx.Rngs(0), **SMALL)
+def test_intermediates(random_model):
+  model = random_model("vit_16b", **SMALL)
   logits, out = forward(model, jnp.ones((2, 32, 32, 3)))
   assert logits.shape == (2, 5)
   assert model.image_size == (32, 32)
@@ -57,8 +57,8 @@ def test_intermediates():
   np.testing.assert_allclose(logits, model.head(out["pre_logits"]), rtol=1e-4, atol=1e-6)
 
 
-def test_without_classes_gives_the_normalised_class_token():
-  model = vx.create_model("deit_tiny_patch16_224", rngs=nnx.Rngs(0), **SMALL | {"num_classes": 0})
+def test_without_classes_gives_the_normalised_class_token(random_model):
+  model = random_model("deit_tiny_patch16_224", **SMALL | {"num_classes": 0})
   features, out = forward(model, jnp.ones((2, 32, 32, 3)))
   assert features.shape == (2, 24)
   np.testing.assert_array_equal(features, out["pre_logits"])
@@ -72,8 +72,8 @@ def test_bfloat16_logits_are_float32():
   assert out["blocks.2.attn"].dtype == jnp.float32
 
 
-def test_dropped_paths_differ_by_key_and_only_in_training():
-  model = vx.create_model("vit_16b", rngs=nnx.Rngs(0), **SMALL, drop_path_rate=0.5)
+def test_dropped_paths_differ_by_key_and_only_in_training(random_model):
+  model = random_model("vit_16b", **SMALL, drop_path_rate=0.5)
   x = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
   a, b = (model(x, train=True, rngs=nnx.Rngs(seed))[0] for seed in (1, 2))
   assert jnp.any(a != b)
@@ -92,8 +92,8 @@ def test_bad_overrides(overrides, message):
     vx.create_model("vit_16b", rngs=nnx.Rngs(0), **SMALL | overrides)
 
 
-def test_bad_calls():
-  model = vx.create_model("vit_16b", rngs=nnx.Rngs(0), **SMALL, drop_rate=0.1)
+def test_bad_calls(random_model):
+  model = random_model("vit_16b", **SMALL, drop_rate=0.1)
   with pytest.raises(vx.UserError, match=r"takes \(batch, 32, 32, 3\)"):
     model(jnp.ones((1, 48, 48, 3)))
   with pytest.raises(vx.UserError, match="needs randomness"):

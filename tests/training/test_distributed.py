@@ -120,7 +120,7 @@ def test_slurm_says_who_belongs_together(monkeypatch):
 
 def start(processes, devices, coordinator, command, *, meanwhile=lambda running: None, status=0):
   """Starts real processes with simulated CPU devices, waits for all and returns their output."""
-  flags = "--xla_backend_optimization_level=0"
+  flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
   environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
   running = [
     subprocess.Popen(

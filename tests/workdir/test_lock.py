@@ -79,6 +79,50 @@ def test_another_host_is_watched(holder, tmp_path, monkeypatch):
     pass
 
 
+IN_A_BUCKET = """
+import sys, time
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+class Bucket(LocalFileSystem):
+  def __init__(self, finalize_on_close, **kw):
+    super().__init__(**kw)
+  @classmethod
+  def _strip_protocol(cls, path):
+    return str(path).replace("gs://bucket", sys.argv[1])
+  def info(self, path, **kw):  # as those of S3
+    return {key: value for key, value in super().info(path, **kw).items() if key != "mtime"}
+fsspec.register_implementation("gcs", Bucket, clobber=True)
+from vit_jax_ext.errors import UserError
+from vit_jax_ext.workdir import lock
+lock.DEAD, machine = 4.0, sys.argv[2]
+lock._machine = lambda: machine
+try:
+  with lock.hold("gs://bucket/run"):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[3]))
+except UserError as error:
+  print(error)
+"""
+
+
+def test_in_a_bucket_as_well(tmp_path):
+  """Objects that are written as a whole, at times that nobody tells; a folder stands for them."""
+
+  def start(machine, seconds):
+    command = [sys.executable, "-c", IN_A_BUCKET, tmp_path, machine, str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"EPATH_USE_TF": "0"})
+
+  with start("here", 600) as holder:
+    assert holder.stdout.readline() == "held\n"
+    with start("there", 0) as second:
+      assert f"gs://bucket/run is being written by process {holder.pid} on" in second.communicate()[0]
+    holder.kill()
+  assert (tmp_path / "run" / lock.FILE).exists()
+  with start("there", 0) as third:
+    assert third.communicate()[0] == "held\n"
+  assert not list((tmp_path / "run").iterdir())
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"host": "x"}'])
 def test_a_file_cut_short(content, tmp_path, monkeypatch):
   monkeypatch.setattr(lock, "DEAD", 0.3)

@@ -41,7 +41,14 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def check_output(args: argparse.Namespace) -> None:
-  """Raises UserError if --output cannot be written: before the work, not after it."""
+  """Raises UserError if --workdir or --output are no folders, or --output cannot be written: before the work."""
+  for name in ("workdir", "output"):
+    value = getattr(args, name, None)
+    for folder in value if isinstance(value, list) else [value]:
+      if folder == "":  # of a shell variable that is not set
+        raise UserError(f"--{name}= is empty; give a folder, or leave out --{name}")
+      if folder and "://" in folder:
+        raise UserError(f"--{name}={folder} is in a bucket; give a folder, such as one on which the bucket is mounted")
   if output := getattr(args, "output", None):
     from vit_jax_ext.files import check_new_file
 

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
   elif about := read_description(source):
     config = commands.published_model(about["model"])
     config.model.overrides.update(about["overrides"])
-  elif os.path.isdir(source):
+  elif os.path.isdir(source) or not args.source:
     config = read_workdir_config(source)  # which says what is missing
   else:
     raise UserError(f"weights {source} do not tell their model; name it with --model=NAME")

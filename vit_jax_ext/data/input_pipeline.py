@@ -5,6 +5,7 @@ Order and augmentation depend on (seed, epoch, index in the split) alone, so a r
 
 import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
 import itertools
 from typing import Any
 
@@ -225,19 +226,12 @@ def eval_batches(
   Raises:
     UserError: the dataset cannot be read, or too many of its images.
   """
-  hosts, host = jax.process_count(), jax.process_index()
-
-  def center(encoded, _):
-    return preprocess.resize_and_center_crop(encoded, image_size, crop)
-
-  examples = dataset.examples(split, host, hosts)
-  groups = examples.map(lambda index, example: (tf.stack([0, index]), index, example)).batch(GROUP)
-  decoded = groups.map(_decode(center, image_size), tf.data.AUTOTUNE).rebatch(batch_size)
+  decoded = _center_crops(dataset, split, batch_size, image_size, crop)
   batches = Unreadable(dataset, split, max_unreadable).watch(decoded)
   nothing = {
     key: np.zeros((0, *spec.shape[1:]), spec.dtype.as_numpy_dtype) for key, spec in decoded.element_spec.items()
   }
-  largest_share = -(-dataset.num_examples(split) // hosts)
+  largest_share = -(-dataset.num_examples(split) // jax.process_count())
   for _ in range(-(-largest_share // batch_size)):
     batch = next(batches, nothing)
     batch = {"image": batch["image"], "label": batch["label"], "mask": batch["readable"]}
@@ -245,10 +239,23 @@ def eval_batches(
     yield {key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) for key, value in batch.items()}
 
 
+@functools.lru_cache(maxsize=2)  # a run evaluates the same split again and again, and tracing takes a second
+def _center_crops(
+  dataset: Dataset, split: str, batch_size: int, image_size: tuple[int, int], crop: float
+) -> tf.data.Dataset:
+  def center(encoded, _):
+    return preprocess.resize_and_center_crop(encoded, image_size, crop)
+
+  examples = dataset.examples(split, jax.process_index(), jax.process_count())
+  groups = examples.map(lambda index, example: (tf.stack([0, index]), index, example)).batch(GROUP)
+  return groups.map(_decode(center, image_size), tf.data.AUTOTUNE).rebatch(batch_size)
+
+
 def _decode(augment: Augmentation, image_size: tuple[int, int]) -> Callable[..., dict[str, tf.Tensor]]:
   """Returns a function of Examples to image, label, name, index and readable; what is not readable is black."""
   augmented = map_or_flag(lambda example: augment(*example))
 
+  @tf.autograph.experimental.do_not_convert  # there is nothing to convert, and looking takes longer than tracing
   def decode(seeds, indices, examples):
     readable, images = augmented((examples["image"], seeds))
     known = {"label": examples["label"], "name": examples["name"], "index": indices, "readable": readable}

@@ -65,11 +65,7 @@ def _decode_part(encoded, choose, shortest=None):
   def part_of_jpeg():
     shape = tf.io.extract_jpeg_shape(encoded)[:2]
     box = choose(shape)
-    if shortest is None:
-      return *_decode_box(encoded, shape, box, 1), shape, box
-    fits = [tf.reduce_all(box[2:] >= ratio * tf.constant(shortest)) for ratio in (2, 4, 8)]
-    ratios = [functools.partial(_decode_box, encoded, shape, box, ratio) for ratio in (1, 2, 4, 8)]
-    return *tf.switch_case(tf.reduce_sum(tf.cast(fits, tf.int32)), ratios), shape, box
+    return *_decode_box(encoded, shape, box, shortest), shape, box
 
   def part_of_all():
     image = decode(encoded)
@@ -86,16 +82,24 @@ def _decode_part(encoded, choose, shortest=None):
   return image, part, shape, box
 
 
-def _decode_box(encoded, shape, box, ratio):
-  """Decodes a part of a JPEG, a `ratio`-th of its size; returns the pixels that it touches, and its place in them."""
+def _decode_box(encoded, shape, box, shortest):
+  """Decodes a part of a JPEG, scaled as `_decode_part` says; returns the pixels that it touches, its place in them."""
+  ratio = 1
+  if shortest is not None:
+    fits = box[2:] // shortest >= tf.constant([2, 4, 8])[:, None]
+    power = tf.reduce_sum(tf.cast(tf.reduce_all(fits, axis=1), tf.int32))
+    ratio = tf.bitwise.left_shift(1, power)
   begin, end = box[:2] // ratio, -(-(box[:2] + box[2:]) // ratio)
   top, left, height, width = tf.unstack(tf.concat([begin, end - begin], axis=0))
   # One more column to each side: at the ends of what is decoded colours lack a neighbour to interpolate with.
   start = tf.maximum(left - 1, 0)
   stop = tf.minimum(left + width + 1, -(-shape[1] // ratio))
   window = tf.stack([top, start, height, stop - start])
-  image = tf.io.decode_and_crop_jpeg(encoded, window, ratio=ratio, **_decode_options)[:, left - start :][:, :width]
-  return image, box / ratio - tf.cast(tf.pad(begin, [[0, 2]]), tf.float64)
+  decoders = [functools.partial(tf.io.decode_and_crop_jpeg, encoded, window, ratio=ratio, **_decode_options)
+              for ratio in (1, 2, 4, 8)]  # fmt: skip
+  # The branches hold nothing else: what is in those that are not taken costs time as well.
+  image = decoders[0]() if shortest is None else tf.switch_case(power, decoders)
+  return image[:, left - start :][:, :width], box / ratio - tf.cast(tf.pad(begin, [[0, 2]]), tf.float64)
 
 
 def random_resized_crop(

@@ -5,11 +5,13 @@ import concurrent.futures
 import contextlib
 import os
 import shutil
+import socket
 import threading
 
 from array_record.python import array_record_module
 from etils import epath
 import numpy as np
+import psutil
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
@@ -98,8 +100,8 @@ def _path(tfrecord: os.PathLike | str) -> str:
 def convert(builder: tfds.core.DatasetBuilder, folder: str | None) -> Iterator[tuple[int, int]]:
   """Makes ArrayRecord files of a prepared dataset's TFRecord files; yields bytes done and in all, file by file.
 
-  Files that an interrupted conversion has finished stay. Each is counted before it takes its place, and the dataset's
-  description names the new ones when all are there.
+  Files that an interrupted conversion has finished stay; what a killed one had begun goes. Each is counted before it
+  takes its place, and the dataset's description names the new ones when all are there.
 
   Args:
     builder: of the dataset.
@@ -117,6 +119,7 @@ def convert(builder: tfds.core.DatasetBuilder, folder: str | None) -> Iterator[t
   if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
     raise UserError(f"{source} has ArrayRecord files already, and no others; copy it to {target} if it shall be there")
   target.mkdir(parents=True, exist_ok=True)
+  _remove_parts(target)
   shards = []
   for split in builder.info.splits.values():
     for path, length in zip(split.filepaths, split.shard_lengths, strict=True):
@@ -139,8 +142,15 @@ def convert(builder: tfds.core.DatasetBuilder, folder: str | None) -> Iterator[t
   _describe(builder, source, target)
 
 
+def _remove_parts(folder: epath.Path) -> None:
+  """Removes what processes of this host that are gone had begun; another host's may be at work."""
+  for path in folder.glob(f"*.{socket.gethostname()}-*.part"):
+    if not psutil.pid_exists(int(path.stem.rpartition("-")[2])):
+      path.unlink()
+
+
 def _convert_shard(source: str, target: str, length: int, bytes_in_all: int) -> int:
-  part = f"{target}.{os.getpid()}.part"
+  part = f"{target}.{socket.gethostname()}-{os.getpid()}.part"
   try:
     writer, count = array_record_module.ArrayRecordWriter(part, WRITER), 0
     for record in tf.data.TFRecordDataset(source).as_numpy_iterator():

@@ -397,6 +397,8 @@ def create_model(
   size = variant.image_size if image_size is None else image_size
   sizes = (size, size) if isinstance(size, numbers.Integral) else size
   dataclasses.replace(_RULES["image_size"], nesting=1, length=2).check("image_size ", sizes, "height and width")
+  if not isinstance(rngs, nnx.Rngs):
+    raise UserError(f"rngs {rngs!r} is of type {type(rngs).__name__}; give flax.nnx.Rngs(SEED)")
   keys = _ParamKeys(rngs)
   model = variant.model(
     **(variant.kwargs | overrides),

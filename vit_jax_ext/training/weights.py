@@ -1,5 +1,6 @@
 """Trained weights and their classes, of a run or of a file; no TensorFlow, as long as they tell their classes."""
 
+import os
 from typing import Any
 
 from absl import logging
@@ -46,21 +47,24 @@ def load_weights(
   return report.source, None, jax.device_put({"params": params, "stats": stats}, shardings)
 
 
-def load_run(workdir: str, *, ema: bool | None = None) -> tuple[nnx.Module, dict[str, Any]]:
+def load_run(source: str | os.PathLike, *, ema: bool | None = None) -> tuple[nnx.Module, dict[str, Any]]:
   """Returns the model of a run with the weights of its best checkpoint, on the first device, and what the run is.
 
   Args:
-    workdir: the run's.
-    ema: its averaged weights, or not; None: where there are some.
+    source: its workdir, or a .safetensors file that `convert` or `export` made of one or of other weights.
+    ema: its averaged weights, or not; None: where there are some. A file has one kind.
 
   Returns:
-    The model, and the run's description: class_names, multi_label, image_size, mean, std, crop (so `preprocess` takes
-    it), and starts, each with dataset, command, versions, ...; with `step`, `ema` and, of several labels, `thresholds`,
-    the weights'.
+    The model, and the description: class_names, multi_label, image_size, mean, std, crop (so `preprocess` takes it);
+    of several labels `thresholds`, the weights'. Of a run also starts, each with dataset, command, versions, ..., and
+    `step` and `ema`, the weights'.
 
   Raises:
-    UserError: there is no run, no checkpoint, or it has no averages.
+    UserError: there is no run, no checkpoint, or it has no averages; a file that does not tell its model.
   """
+  workdir = os.fspath(source)
+  if os.path.isfile(workdir):
+    return _load_file(workdir)
   config = read_workdir_config(workdir)
   ema = config.ema_decay > 0 if ema is None else ema
   if ema and not config.ema_decay:
@@ -72,6 +76,16 @@ def load_run(workdir: str, *, ema: bool | None = None) -> tuple[nnx.Module, dict
   nnx.update(model, weights["params"], weights["stats"])
   thresholds = description.thresholds(about, step, ema=ema)
   return model, about | {"thresholds": thresholds, "step": step, "ema": ema, "interpolation": "bicubic"}
+
+
+def _load_file(path: str) -> tuple[nnx.Module, dict[str, Any]]:
+  about = read_description(path)
+  if about is None:
+    raise UserError(f"weights {path} do not tell their model; create it, and fill it with load_pretrained")
+  spec = {"name": about["model"], "overrides": about["overrides"]}
+  model = registry.create_model(spec["name"], num_classes=about["num_classes"], rngs=nnx.Rngs(0), **spec["overrides"])
+  load_pretrained(model, path, keep_classifier=True)
+  return model, about | {"interpolation": "bicubic"}
 
 
 def read_classes(config: ml_collections.ConfigDict, workdir: str | None) -> dict[str, Any]:

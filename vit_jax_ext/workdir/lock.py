@@ -86,12 +86,12 @@ def _take(path: epath.Path) -> None:
 
 def _beat(path: epath.Path, stop: threading.Event) -> None:
   while not stop.wait(BEAT):
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(Exception):  # each bucket's client has errors of its own; the next touch may succeed
       if (owner := _read(path)) != _me():
         logging.error("%s is now that of %s, which writes there as well; end one of them", path, _name(owner or {}))
         return
       if "://" in os.fspath(path):
-        path.write_text(path.read_text())
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"touched": time.time()}))
       else:
         os.utime(path)
 
@@ -136,17 +136,17 @@ def _lives(path: epath.Path, owner: dict) -> bool:
     except psutil.Error:
       return False
   watched = first = _touched(path)
-  deadline = time.monotonic() + (2 * BEAT if first and time.time() - first > 10 * DEAD else DEAD)
+  deadline = time.monotonic() + (2 * BEAT if first and 0 < first[0] < time.time() - 10 * DEAD else DEAD)
   while watched == first and time.monotonic() < deadline:
     time.sleep(BEAT / 10)
     watched = _touched(path)
   return watched is not None and watched != first
 
 
-def _touched(path: epath.Path) -> float | None:
-  """Returns when the file was touched; None if it is gone."""
+def _touched(path: epath.Path) -> tuple[float, str] | None:
+  """Returns when the file was touched, 0 if the storage does not tell, and its text; None if it is gone."""
   try:
-    path.read_text()  # a network file system looks anew when a file is opened
-    return path.stat().mtime
+    text = path.read_text()  # a network file system looks anew when a file is opened
+    return path.stat().mtime, text
   except OSError:
     return None
