@@ -17,7 +17,9 @@ HEAVY = {"tensorflow", "tensorflow_datasets", "clu"}
 HOUSE = """
 commands
 studies.run
-studies.study
+studies.probe
+studies.study  studies.figures
+studies.statistics
 attention.measure  attention.clusters   compare.comparison   training.doctor
 plan
 attention.similarity  attention.figures  compare.report  compare.benchmark
