@@ -19,7 +19,9 @@ __main__
 command_line
 commands
 studies.run
-studies.study
+studies.probe
+studies.study  studies.figures
+studies.statistics
 attention.measure  attention.clusters   compare.comparison   training.doctor
 plan
 attention.similarity  attention.figures  compare.report  compare.benchmark

@@ -81,6 +81,15 @@ def read_study(spec: str) -> tuple[str, dict[str, str]]:
   return title, dict(study) if isinstance(study, Mapping) else {argument: argument for argument in study}
 
 
+def read_probe(spec: str) -> Mapping[str, Any] | None:
+  """Returns what a study that is a probe has beside its STUDY, its PROBE; None if it is none.
+
+  That is `learning_rates`, from which each model takes the one that is best on validation data, and `claims`, pairs of
+  arguments: a model and its baseline.
+  """
+  return getattr(_load_module(spec.partition(":")[0]), "PROBE", None)
+
+
 def _load_module(path: str, function: str = "get_config") -> types.ModuleType:
   if not os.path.isfile(path) and os.path.dirname(path) == CONFIGS.name:
     path = str(CONFIGS.parent / path)

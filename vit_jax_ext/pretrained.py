@@ -195,8 +195,8 @@ def _published(variant: str) -> str:
 def _check_names(model: nnx.Module, names: Collection[str], where: Any) -> None:
   """Raises UserError if there are names of nothing that the model has, or might do without."""
   known = {_torch_name(path) for path, _ in nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))}
-  foreign = [name for name in names if name not in known and not _CLASSIFIER.fullmatch(name)]
-  unknown = [name for name in foreign if name.rpartition(".")[2] not in _BUFFERS]
+  foreign = [name for name in names if name not in known]
+  unknown = [name for name in foreign if not (_CLASSIFIER.fullmatch(name) or _NOT_NEEDED.fullmatch(name))]
   if unknown:
     raise UserError(_misfit(getattr(model, "variant", type(model).__name__), where, [], unknown, []))
 

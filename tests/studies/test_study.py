@@ -180,7 +180,7 @@ def test_runs_of_another_config_are_refused(argv, output, capsys):
   ("args", "words"),
   [
     (["fusoin"], "study 'fusoin' is unknown; did you mean fusion?"),
-    (["x"], "did you mean fusion, depth, boat, all?"),
+    (["x"], "did you mean fusion, depth, boat, scales, twins, chains, all?"),
     (["boat", "--seeds=0"], "--seeds=0 is no positive number"),
     (["boat", "--seeds=two"], "--seeds=two is no positive number"),
     (["depth", "--threshold=7"], "choose one in (0, 1]"),

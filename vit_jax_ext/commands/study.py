@@ -1,9 +1,10 @@
 """Train small models from several seeds to answer a question, and report their accuracy with mean and spread.
 
-NAME is fusion, depth, boat, or a config file with a STUDY; all are the first three. The models' runs are made in
-DIR/studies, and DIR/report.html is written anew after each of them. Started again, the command continues; with more
-seeds it trains those that are missing. Where the models have attention maps, it also measures and draws how alike
-those are, as analyze does.
+NAME is fusion, depth, boat; a probe: scales, twins or chains; or a config file with a STUDY. `all` are the first three.
+The models' runs are made in DIR/studies, and DIR/report.html is written anew after each of them. Started again, the
+command continues; with more seeds it trains those that are missing. Where the models have attention maps, it also
+measures and draws how alike those are, as analyze does. A probe chooses each model's learning rate, tests it on every
+difficulty, and says which claims that supports.
 """
 
 import argparse
@@ -14,9 +15,13 @@ from vit_jax_ext.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's flags."""
-  parser.add_argument("study", metavar="NAME", help="fusion, depth, boat, all, or a config file with a STUDY, FILE.py")
+  parser.add_argument(
+    "study",
+    metavar="NAME",
+    help="fusion, depth, boat, all, scales, twins, chains, or a config file with a STUDY, FILE.py",
+  )
   commands.add_output(parser)
-  parser.add_argument("--seeds", metavar="N", default="2", help="of each model (default: 2)")
+  parser.add_argument("--seeds", metavar="N", help="of each model (default: 2, of a probe's 5)")
   commands.add_thresholds(parser)
 
 
@@ -28,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
   """
   if not args.output:
     raise UserError("the runs of a study need a folder; give --output=DIR")
-  seeds = commands.positive("seeds", args.seeds)
+  seeds = commands.positive("seeds", args.seeds) if args.seeds else None
   with commands.resumable():
     import rich.console
     import rich.table

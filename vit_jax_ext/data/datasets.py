@@ -14,7 +14,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from vit_jax_ext.config import is_folder
-from vit_jax_ext.data import digits, folders, labels, records
+from vit_jax_ext.data import digits, folders, labels, probes, records
 from vit_jax_ext.errors import RunError, UserError
 
 Lookup = Callable[[tf.Tensor], dict[str, tf.Tensor]]  # indices, int64 (n,), to image, label and name
@@ -281,7 +281,7 @@ def _unknown_split(name: str, split: str, splits: Sequence[str]) -> UserError:
 def open_dataset(
   name: str, data_dir: str | None, told: Callable[[Callable[[], bytes]], bytes] | None = None
 ) -> Dataset:
-  """Opens a dataset; prepares the embedded `digits` on first use.
+  """Opens a dataset; prepares the embedded `digits` and the generated `probes` on first use.
 
   Args:
     name: a TFDS name, e.g. "digits" or "imagenet2012:5.1.0"; a folder, written with a slash, e.g. "./flowers", by class
@@ -332,12 +332,19 @@ def _prepare(name: str, data_dir: str | None) -> bytes:
       f"dataset {name!r} is unknown to TFDS; see https://www.tensorflow.org/datasets/catalog for names, set "
       f"--config.dataset.data_dir to the folder that holds it, or write a folder of images by class as ./{name}"
     ) from None
-  if isinstance(builder, digits.Digits):
-    tfds.disable_progress_bar()  # half a second of work
+  except ValueError:
+    dataset, _, variant = name.partition("/")
+    variants = tfds.builder_cls(dataset).builder_configs
+    if not variant or variant in variants:
+      raise
+    raise UserError(f"dataset {dataset!r} has no variant {variant!r}; choose one of {', '.join(variants)}") from None
+  if isinstance(builder, digits.Digits | probes.Probes):
+    if isinstance(builder, digits.Digits):
+      tfds.disable_progress_bar()  # half a second of work
     try:
       builder.download_and_prepare()
     except OSError as error:
-      raise UserError(f"digits cannot be prepared in {builder.data_dir}: {error}; give a writable folder with "
+      raise UserError(f"{name} cannot be prepared in {builder.data_dir}: {error}; give a writable folder with "
                       "--config.dataset.data_dir") from None  # fmt: skip
     if not records.are_there(builder):
       with contextlib.suppress(OSError, RunError, UserError):  # where it cannot be written it is read in its order

@@ -8,9 +8,11 @@ import time
 from typing import Any
 
 from vit_jax_ext import compilation_cache
-from vit_jax_ext.attention import measure, similarity
+from vit_jax_ext import config as configs
+from vit_jax_ext.attention import similarity
 from vit_jax_ext.compare import report
 from vit_jax_ext.console import Countdown
+from vit_jax_ext.studies.probe import read_probe
 from vit_jax_ext.studies.study import Cell, Study, Thresholds, find_studies, read_study
 from vit_jax_ext.training.train import train
 
@@ -21,7 +23,7 @@ READY = {"first run": 16e-3, "next run": 6e-3}
 
 def run_studies(
   name: str,
-  seeds: int,
+  seeds: int | None,
   overrides: Sequence[str],
   output: str,
   thresholds: Thresholds,
@@ -29,14 +31,14 @@ def run_studies(
   """Trains the runs of studies that are not there yet, and writes studies/NAME.json and report.html after each.
 
   Args:
-    name: of STUDIES, "all", or a config file with a STUDY.
-    seeds: how many, from `config.seed` on.
+    name: of STUDIES or PROBES, "all", or a config file with a STUDY.
+    seeds: how many, from `config.seed` on; None for 2, in probes 5.
     overrides: KEY=VALUE for every run.
     output: folder; the runs' workdirs are studies/NAME/CELL/seed_I in it.
     thresholds: from which similarity blocks and heads count as similar.
 
   Returns:
-    For each study what its file holds, see `report.write`. A spread is the sample standard deviation over the seeds.
+    What the studies' files hold, see `report.write`. A spread is the sample standard deviation over the seeds.
     And the paths of the files.
 
   Raises:
@@ -45,17 +47,17 @@ def run_studies(
   """
   similarity.check_thresholds(**thresholds)  # before hours of training
   folder = os.path.join(output, report.STUDIES)
-  studies = [
-    read_study(study, spec, overrides, seeds, os.path.join(folder, study), thresholds)
-    for study, spec in find_studies(name).items()
-  ]
+  studies = []
+  for study, spec in find_studies(name).items():
+    read, usual = (read_probe, 5) if configs.read_probe(spec) else (read_study, 2)
+    studies.append(read(study, spec, overrides, seeds or usual, os.path.join(folder, study), thresholds))
   for each in studies:
     each.write(output)
   compilation_cache.use(studies[0].cells[0].runs[0].config)
   _train(studies, output)
   written = [each.write(output) for each in studies]
   paths = dict.fromkeys(path for _, files in written for path in files)
-  return [table for table, _ in written], [*paths]
+  return [table for tables, _ in written for table in tables], [*paths]
 
 
 def _train(studies: Sequence[Study], output: str) -> None:
@@ -64,21 +66,20 @@ def _train(studies: Sequence[Study], output: str) -> None:
   for study in studies:
     for cell in study.cells:
       jobs += [("next run" if i else "first run", study, cell, run) for i, run in enumerate(cell.missing())]
-  jobs.sort(key=lambda job: job[-1].config.seed)
+  jobs.sort(key=lambda job: job[-1].turn)
   work = {kind: (sum(job[2].operations for job in jobs if job[0] == kind), guess) for kind, guess in READY.items()}
   work["steps"] = (sum(cell.total_steps * cell.step_seconds for _, _, cell, _ in jobs), 1.0)
   with Countdown(work) as countdown:
     for kind, study, cell, run in jobs:
       with _Bar(countdown, cell, run.name, kind) as bar:
+        cell.prepare(run)
         if run.top1 is None:
           scores = train(run.config, run.workdir, bar.begin)
           run.read(cell.total_steps, study.thresholds)
           run.top1 = scores["eval/top1"]
         else:
           bar.begin(cell.total_steps, cell.total_steps)
-        if cell.has_maps:
-          run.similarity, maps = measure.measure(run.config, run.workdir, **study.thresholds)
-          measure.write(run.analysis, run.similarity, maps)
+        cell.measure(run, study.thresholds)
       study.write(output)
 
 

@@ -15,7 +15,7 @@ from absl import logging
 import ml_collections
 
 from vit_jax_ext import config as configs
-from vit_jax_ext.attention import figures
+from vit_jax_ext.attention import figures, measure
 from vit_jax_ext.compare import cost, report
 from vit_jax_ext.data.datasets import open_dataset
 from vit_jax_ext.errors import UserError
@@ -28,6 +28,8 @@ from vit_jax_ext.workdir.metrics import read_metrics
 
 # The papers' questions. From two seeds all three take about 21 minutes on two CPU cores, without the figures.
 STUDIES = {name: str(configs.CONFIGS / f"digits_{name}.py") for name in ("fusion", "depth", "boat")}
+
+PROBES = {name: str(configs.CONFIGS / f"probes_{name}.py") for name in ("scales", "twins", "chains")}
 
 # A first guess of the seconds of a training step on two CPU cores, per operation of the forward pass and multiply-add.
 STEP = (2e-5, 1.5e-10)
@@ -48,6 +50,11 @@ class Run:
   top1: float | None = None
   images_per_second: Sequence[float] = ()
   similarity: dict[str, Any] | None = None
+
+  @property
+  def turn(self) -> int:
+    """When it is made: the runs of lower numbers first."""
+    return self.config.seed
 
   @property
   def analysis(self) -> str:
@@ -88,6 +95,15 @@ class Cell:
     """Returns the runs that are not finished."""
     return [run for run in self.runs if run.top1 is None or (self.has_maps and run.similarity is None)]
 
+  def prepare(self, run: Run) -> None:
+    """Completes what is known of a run only now that it is its turn."""
+
+  def measure(self, run: Run, thresholds: Thresholds) -> None:
+    """Measures and writes of a trained run what its training does not."""
+    if self.has_maps:
+      run.similarity, maps = measure.measure(run.config, run.workdir, **thresholds)
+      measure.write(run.analysis, run.similarity, maps)
+
   def similarity(self) -> dict[str, Any] | None:
     """Returns what was measured of the attention maps, the number of similar blocks as the mean of the runs."""
     summaries = [run.similarity for run in self.runs if run.similarity]
@@ -120,18 +136,22 @@ class Study:
   cells: list[Cell]
   thresholds: Thresholds
 
-  def write(self, output: str) -> tuple[dict[str, Any], list[str]]:
+  def status(self) -> str:
+    """Returns what is to be said of runs that are not finished."""
+    runs = sum(len(cell.runs) for cell in self.cells)
+    missing = sum(len(cell.missing()) for cell in self.cells)
+    return f" Not finished: {runs - missing} of {runs} runs are in." if missing else ""
+
+  def write(self, output: str) -> tuple[list[dict[str, Any]], list[str]]:
     """Writes the table of what is finished, a figure of similar blocks if there are some, and the page.
 
     Returns:
-      The table, and the paths of all.
+      The tables, here one, and the paths of all.
     """
     with_maps = any(cell.has_maps for cell in self.cells)
-    runs = sum(len(cell.runs) for cell in self.cells)
-    missing = sum(len(cell.missing()) for cell in self.cells)
     table = {
       "title": self.title,
-      "text": self.text + (f" Not finished: {runs - missing} of {runs} runs are in." if missing else ""),
+      "text": self.text + self.status(),
       "columns": ["model", "top-1, %", *(["similar blocks"] if with_maps else ()), "parameters, M", "multiply-adds, M",
                   "training, images/s"],
       "rows": [[label, *cell.row(with_maps)] for label, cell in zip(self.labels, self.cells, strict=True)],
@@ -141,23 +161,24 @@ class Study:
     if points := [point for cell in self.cells if (point := cell.similarity())]:
       figure = figures.similar_blocks_against_depth(points)
       paths.append(figures.save(folder, f"{self.name}.png", figure))
-    return table, [*paths, report.write(output)]
+    return [table], [*paths, report.write(output)]
 
 
 def find_studies(name: str) -> dict[str, str]:
-  """Returns name -> config file of the studies that are meant: one of STUDIES, all of them, or a file.
+  """Returns name -> config file of the studies that are meant: one of STUDIES or PROBES, all STUDIES, or a file.
 
   Raises:
     UserError: an unknown name.
   """
   if name == "all":
     return STUDIES
-  if name in STUDIES:
-    return {name: STUDIES[name]}
+  known = STUDIES | PROBES
+  if name in known:
+    return {name: known[name]}
   path = name.partition(":")[0]
   if path.endswith(".py"):
     return {pathlib.Path(path).stem: name}
-  names = [*STUDIES, "all"]
+  names = [*known, "all"]
   nearest = ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names)
   raise UserError(f"study {name!r} is unknown; did you mean {nearest}? Or give a config file that has a STUDY, FILE.py")
 
@@ -198,19 +219,39 @@ def _read_cell(
   name: str, config: ml_collections.ConfigDict, seeds: int, folder: str, thresholds: Thresholds
 ) -> tuple[Cell, int]:
   """Returns a cell with what its runs have left in `folder`, and the number of images that it is tested on."""
+  cell, tested = describe_cell(config)
+  for seed in range(config.seed, config.seed + seeds):
+    run = Run(f"{name}, seed {seed}", os.path.join(folder, f"seed_{seed}"), with_values(config, seed=seed))
+    find_run(run, cell, thresholds)
+    cell.runs.append(run)
+  return cell, tested
+
+
+def with_values(config: ml_collections.ConfigDict, seed: int, **optimizer: float) -> ml_collections.ConfigDict:
+  """Returns a config with another seed and other values of `optimizer`."""
+  config = config.copy_and_resolve_references()
+  config.seed = seed
+  config.optimizer.update(optimizer)
+  return config
+
+
+def find_run(run: Run, cell: Cell, thresholds: Thresholds) -> None:
+  """Reads what a run has left in its workdir.
+
+  Raises:
+    UserError: a run of another config is there.
+  """
+  check_workdir(run.workdir, run.config, option="output", may_be_longer=False)  # a run in two parts is another one
+  run.read(cell.total_steps, thresholds)
+
+
+def describe_cell(config: ml_collections.ConfigDict) -> tuple[Cell, int]:
+  """Returns a cell of which no run is known yet, and the number of images that it is tested on."""
   dataset = open_dataset(config.dataset.name, config.dataset.data_dir)
   if dataset.multi_label:
     raise UserError(f"dataset {dataset.name} has several labels an image; choose another, for studies compare top-1")
   tested = dataset.num_examples(config.dataset.eval_split)
   experiment = Experiment(config, len(dataset.class_names), dataset.num_examples(config.dataset.train_split))
-  runs = []
-  for seed in range(config.seed, config.seed + seeds):
-    of_seed = config.copy_and_resolve_references()
-    of_seed.seed = seed
-    run = Run(f"{name}, seed {seed}", os.path.join(folder, f"seed_{seed}"), of_seed)
-    check_workdir(run.workdir, run.config, option="output", may_be_longer=False)  # a run in two parts is another one
-    run.read(experiment.total_steps, thresholds)
-    runs.append(run)
   forward = cost.trace_forward(experiment.model)
   adds, operations = sum(cost.module_costs(forward).values()), cost.count_operations(forward.jaxpr)
   cell = Cell(
@@ -220,7 +261,7 @@ def _read_cell(
     has_maps=isinstance(experiment.model, IsotropicTransformer),
     total_steps=experiment.total_steps,
     step_seconds=STEP[0] * operations + STEP[1] * adds * config.batch_size,
-    runs=runs,
+    runs=[],
   )
   return cell, tested
 
