@@ -166,7 +166,7 @@ def _describe_classes(
   config: ml_collections.ConfigDict,
   workdir: str | None,
   step: int | None,
-  dataset: Dataset,
+  dataset: "Dataset",
   rankings: dict[str, multi_label.Ranking],
 ) -> dict[str, list[dict[str, Any]]]:
   """Returns `multi_label.Ranking.describe_classes` of each ranking; keeps their thresholds in a run where it may."""
