@@ -57,11 +57,12 @@ SCALES_SHAPES = ((1, 1), (1, 1), (1, 1), (CELLS, CELLS), (CELLS, CELLS), (SIDE, 
 
 
 def draw_scales(u: np.ndarray, levels: np.ndarray) -> Drawn:
-  """Level: (coarse wavelength in cells, which is its ratio to the fine one)."""
+  """Level: (coarse wavelength in cells, which is its ratio to the fine one; percentage that begins with bright)."""
   across, right, sign, cells, phases, pixels = _split(u, *SCALES_SHAPES)
   across, right = across < 0.5, right < 0.5
   period = levels[:, :1, None]
-  stripes = np.where((np.arange(CELLS) % period < period / 2) == (sign < 0.5), COARSE, -COARSE)
+  bright = sign < levels[:, 1:, None] / 100
+  stripes = np.where((np.arange(CELLS) % period < period / 2) == bright, COARSE, -COARSE)
   cells = np.where(across, stripes.swapaxes(1, 2), stripes) + CELL_NOISE * (cells - 0.5)
   row, column = np.indices((SIDE, SIDE))
   phases = np.floor(CELL * phases)
@@ -165,7 +166,8 @@ PROBES = {
   "scales": Probe(
     "Do the stripes lie across or upright, and does the texture lean left or right?", SCALES_CLASSES, draw_scales,
     SCALES_SHAPES, 1, "ratio of the coarse to the fine wavelength",
-    levels={str(ratio): (ratio,) for ratio in (2, 4, 8)}, ramp=[(2,), (4,), (8,)],
+    levels={str(ratio): (ratio, 50) for ratio in (2, 4, 8)},
+    ramp=[*itertools.product((2, 4, 8), (50, 75, 100))],
   ),
   "twins": Probe(
     "Which colour has the tile whose texture is that of the white one?", TWINS_CLASSES, draw_twins,
