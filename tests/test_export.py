@@ -26,9 +26,9 @@ def sizes(overrides):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_each_family(run, name, tmp_path, random_model):
+def test_each_family(run, name, tmp_path):
   """The program, in a JAX that knows nothing of us, gives the model's logits for any number of images."""
-  model = random_model(name, num_classes=5, **SMALL[name])
+  model = vx.create_model(name, num_classes=5, rngs=nnx.Rngs(1), **SMALL[name])
   vx.save_pretrained(model, tmp_path / "weights.pth")
   source = f"--config.pretrained={tmp_path / 'weights.pth'}"
   status, out, err = run("export", f"--model={name}", source, *sizes(SMALL[name]), f"--output={tmp_path / 'x'}")
