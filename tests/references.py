@@ -1,17 +1,17 @@
-"""Other people's models, which ours are compared with; tests without these libraries are left out."""
+"""Other people's models, which ours are compared with: what they are filled with and called by."""
 
 import importlib.machinery
 import sys
-import types
 from unittest import mock
 
 import numpy as np
-import pytest
 import torch
 
 
 class _Torchvision:
-  """Finds mocks for torchvision: models of timm need nothing of it, and its wheels do not fit a torch for CPUs."""
+  """Finds mocks for torchvision: models of timm and Transformers need nothing of it, and its wheels do not fit a torch
+  for CPUs.
+  """
 
   def find_spec(self, name, path=None, target=None):
     if name.partition(".")[0] == "torchvision":
@@ -24,15 +24,7 @@ class _Torchvision:
     pass
 
 
-def import_timm() -> types.ModuleType:
-  finder = _Torchvision()
-  sys.meta_path.insert(0, finder)
-  try:
-    return pytest.importorskip("timm")
-  finally:
-    sys.meta_path.remove(finder)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-      del sys.modules[name]
+sys.meta_path.insert(0, _Torchvision())
 
 
 def perturb(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.references import import_timm, random_images
+from tests.references import random_images
 from tests.references import run as run_torch
 import vit_jax_ext as vx
 from vit_jax_ext.publish import FAMILIES
@@ -69,7 +69,7 @@ def test_timm_loads_the_folder_with_equal_logits(name, options, architecture, ru
   assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
   assert json.loads((folder / "config.json").read_text())["architecture"] == architecture
 
-  timm = import_timm()
+  timm = pytest.importorskip("timm")
   theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).double().eval()
   images = random_images(options["image_size"])
   expected = run_torch(theirs, images).numpy()
@@ -159,7 +159,7 @@ def test_the_card_of_a_run(run, tiny_config, tmp_path):
 
   theirs, ours = re.findall(r"```python\n(.*?)```", card, re.S)
   theirs, _, _ = theirs.partition("transform =")
-  names = {"timm": import_timm()}
+  names = {"timm": pytest.importorskip("timm")}
   exec(theirs.replace("import timm\n", ""), names)
   images = random_images(8).astype(np.float32)
   expected = run_torch(names["model"], images).numpy()
@@ -277,7 +277,7 @@ def test_upload(run, weights, server, tmp_path):
     (folder / name).write_bytes(content)
   model = vx.create_model("deit_tiny_patch16_224", num_classes=5, rngs=nnx.Rngs(0), **VIT)
   assert len(vx.load_pretrained(model, folder).loaded) == 32
-  import_timm().create_model(f"local-dir:{folder}", pretrained=True)
+  pytest.importorskip("timm").create_model(f"local-dir:{folder}", pretrained=True)
 
 
 @pytest.mark.parametrize(

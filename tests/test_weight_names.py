@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 import torch
 
-from tests.references import import_timm, perturb, random_images, run
+from tests.references import perturb, random_images, run
 import vit_jax_ext as vx
 from vit_jax_ext import weight_names
 from vit_jax_ext.models import registry
@@ -103,7 +103,7 @@ TIMM = [
 
 @pytest.mark.parametrize(("theirs", "name", "options", "model_args"), TIMM, ids=[row[0] for row in TIMM])
 def test_timm(theirs, name, options, model_args, x64, tmp_path):
-  model = perturb(import_timm().create_model(theirs, num_classes=5, **model_args))
+  model = perturb(pytest.importorskip("timm").create_model(theirs, num_classes=5, **model_args))
   images = random_images(options["image_size"])
   expected = run(model, images).numpy()
   assert np.abs(expected).max() > 0.1
@@ -113,7 +113,9 @@ def test_timm(theirs, name, options, model_args, x64, tmp_path):
 
 
 def test_distilled_heads_are_those_of_timm_in_training(x64):
-  model = perturb(import_timm().create_model("deit_tiny_distilled_patch16_224", num_classes=5, **TIMM[2][3]))
+  model = perturb(
+    pytest.importorskip("timm").create_model("deit_tiny_distilled_patch16_224", num_classes=5, **TIMM[2][3])
+  )
   images, ours = random_images(48), abstract("deit_tiny_distilled_patch16_224", **VIT)
   vx.load_pretrained(ours, arrays(model))
   mean, out = ours(images)
@@ -131,7 +133,7 @@ def test_distilled_heads_are_those_of_timm_in_training(x64):
 
 def test_what_timm_publishes_is_what_variants_say():
   """Repositories on the Hub exist by timm's own word; architectures have the same number of parameters."""
-  timm = import_timm()
+  timm = pytest.importorskip("timm")
   mirrored = {name: variant for name, variant in registry.VARIANTS.items() if variant.hub}
   assert len(mirrored) == 20
   for name, variant in mirrored.items():
@@ -164,7 +166,7 @@ class Lightning(torch.nn.Module):
 )
 def test_wrappers(wrap, prefix, tmp_path):
   """What they call the entries, under an entry of a training checkpoint or not."""
-  model = import_timm().create_model("deit_tiny_patch16_224", num_classes=5, **TIMM[1][3])
+  model = pytest.importorskip("timm").create_model("deit_tiny_patch16_224", num_classes=5, **TIMM[1][3])
   state_dict = wrap(model).state_dict()
   assert all(name.startswith(prefix) for name in state_dict)
   torch.save({"state_dict": state_dict, "epoch": 3}, tmp_path / "x.pth")

@@ -248,7 +248,7 @@ def test_what_is_made_of_it_tells_labels_and_thresholds(trained, folder, tmp_pat
   model, about = vx.load_run(workdir)
   assert about["thresholds"] == thresholds["eval_ema"] and about["multi_label"]
   assert model.image_size == (64, 32)
-  code = "import sys; sys.modules.update(tensorflow=None, tensorflow_datasets=None); import main; sys.exit(main.main())"
+  code = "import sys; sys.modules.update(tensorflow=None, tensorflow_datasets=None); import main; main.run()"
   command = [sys.executable, "-c", code, "predict", str(image), f"--workdir={workdir}"]
   done = subprocess.run(command, cwd=os.path.dirname(main.__file__), capture_output=True, text=True)
   assert done.returncode == 0 and done.stdout.count("%") == 1, done.stderr
