@@ -16,7 +16,7 @@ class Ranking:
   """What a model says of a split's images, and what is so.
 
   Attributes:
-    logits: (images, classes), float32; what is not finite is the least.
+    logits: (images, classes), float32; NaN is taken for the least.
     labels: (images, classes), bool.
     loss: mean binary cross-entropy.
   """
