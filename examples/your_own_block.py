@@ -1,7 +1,7 @@
 """A fusion of CrossViT's branches that is not in the package, trained on the digits.
 
 Run: python examples/your_own_block.py --workdir=DIR
-Hardware: 2 CPU cores, about a minute.
+Hardware: 2 CPU cores, about a minute of processor time.
 
 The class token of each branch takes from the other's as much as a gate lets through, channel by channel. The file is a
 config, too: `python main.py --config=examples/your_own_block.py --workdir=DIR` does the same, and so does every other
