@@ -64,6 +64,15 @@ def test_shifted_windows_attend_to_neighbours_only():
   np.testing.assert_array_equal(reach, place[:, None] == place)
 
 
+def test_a_kept_program_does_not_hinder_one_in_double_precision():
+  """What JAX made of the index in one mode must fit the other, in whichever order."""
+  for double in (False, True, False):
+    with jax.enable_x64(double):
+      dtype = "float64" if double else "float32"
+      attention = swin.WindowAttention(4, 2, (4, 4), (4, 4), (0, 0), dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+      assert jax.jit(type(attention).attention_bias)(attention).dtype == dtype
+
+
 def test_relative_positions_are_told_apart():
   index = swin.relative_position_index((2, 3))
   place = [(row, column) for row in range(2) for column in range(3)]

@@ -22,11 +22,14 @@ from vit_jax_ext.models.pyramid import Grid, Intermediates, LayerNorm, Pyramid, 
 
 @functools.cache
 def relative_position_index(window: Grid) -> np.ndarray:
-  """Returns, for each pair of places in a window, the row of the bias table: (tokens, tokens) int (section 3.2)."""
+  """Returns, for each pair of places in a window, the row of the bias table: (tokens, tokens) int32 (section 3.2).
+
+  Not int64: JAX (0.10) keeps what it made of an array while a program holds it, even if x64 is switched on meanwhile.
+  """
   h, w = window
   place = np.stack(np.meshgrid(np.arange(h), np.arange(w), indexing="ij")).reshape(2, -1)
   offset = place[:, :, None] - place[:, None]
-  return (offset[0] + h - 1) * (2 * w - 1) + offset[1] + w - 1
+  return ((offset[0] + h - 1) * (2 * w - 1) + offset[1] + w - 1).astype(np.int32)
 
 
 @functools.cache
