@@ -17,8 +17,9 @@ import safetensors.numpy
 import torch
 
 import vit_jax_ext as vx
-from vit_jax_ext import hub, weight_files
+from vit_jax_ext import hub, pretrained, weight_files
 from vit_jax_ext.models import registry
+from vit_jax_ext.workdir import description
 
 NAME = "deit_tiny_patch16_224"
 THIN = dict(embed_dim=8, depth=1, num_heads=2, num_classes=5, image_size=32)
@@ -35,7 +36,8 @@ def server(tmp_path, monkeypatch):
 
   At v3 the .bin holds code; of owner/damaged other content comes than what the Hub has recorded; timm's has a mirror.
   """
-  vx.save_pretrained(thin(1), str(tmp_path / "thin.safetensors"))
+  about = description.describe({"name": NAME, "overrides": {}}, 5, [*"abcde"], 0.9, False)
+  vx.save_pretrained(thin(1), str(tmp_path / "thin.safetensors"), about)
   vx.save_pretrained(thin(2), str(tmp_path / "thin.pth"))
   torch.save({"code": os.getcwd}, tmp_path / "code.bin")
   files = {
@@ -98,6 +100,14 @@ def test_addresses(address, seed, server):
   before = len(server)
   vx.load_pretrained(thin(0), address)
   assert not [path for command, path in server[before:] if command == "GET" and "resolve" in path]  # once
+
+
+def test_what_weights_tell_of_themselves_is_read(server):
+  about = pretrained.read_description("hf://owner/thin")
+  assert about["model"] == NAME and about["class_names"] == [*"abcde"]
+  assert pretrained.read_description("hf://owner/thin@v1") is None
+  with pytest.raises(vx.UserError, match="no repository owner/none"):
+    pretrained.read_description("hf://owner/none")
 
 
 def test_without_a_network_the_cache_counts(server, monkeypatch):

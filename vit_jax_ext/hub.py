@@ -3,6 +3,7 @@
 Its environment counts: HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT.
 """
 
+import functools
 import hashlib
 import pathlib
 import re
@@ -66,8 +67,7 @@ def _checked(path: pathlib.Path, address: str) -> pathlib.Path:
   """Returns the path of a file in the cache, a link to what is named by the SHA-256 that the Hub has recorded of it."""
   expected = path.readlink().name if path.is_symlink() else ""
   if re.fullmatch("[0-9a-f]{64}", expected):  # small files have Git's own digest
-    with path.open("rb") as file:
-      digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = _digest(path, path.stat().st_mtime_ns)
     if digest != expected:
       path.resolve().unlink()
       path.unlink()
@@ -76,6 +76,12 @@ def _checked(path: pathlib.Path, address: str) -> pathlib.Path:
         "deleted: start again"
       )
   return path
+
+
+@functools.lru_cache(maxsize=8)  # a command asks for the weights' description, and then for the weights
+def _digest(path: pathlib.Path, changed: int) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_name(repository: str) -> None:

@@ -207,12 +207,16 @@ def read_description(source: Any) -> dict[str, Any] | None:
   Thresholds are those of the weights that `load_pretrained` takes.
 
   Args:
-    source: a run's workdir, one of its checkpoints, or what `convert` or `export` wrote, a .safetensors file or its
-      folder.
+    source: a run's workdir, one of its checkpoints, or what `convert` or `export` wrote, a .safetensors file, its
+      folder, or its address on the Hub.
+
+  Raises:
+    UserError: the Hub does not give it.
   """
   if not isinstance(source, (str, os.PathLike)):
     return None
-  path = pathlib.Path(source).expanduser()
+  on_hub = isinstance(source, str) and source.startswith(hub.PREFIX)
+  path = hub.fetch(source) if on_hub else pathlib.Path(source).expanduser()
   path = hub.in_folder(path) or path
   if workdir := workdir_of(path):
     about = description.read(workdir)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pathlib
 import re
 import shutil
 import socket
@@ -15,6 +16,7 @@ import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 
+import main
 from tests.data.test_input_pipeline import train_batches
 import vit_jax_ext as vx
 from vit_jax_ext.data import datasets, input_pipeline, records
@@ -216,35 +218,76 @@ def test_a_run_goes_on_with_the_same_dataset_alone(data_dir, tmp_path, run):
   assert status == 2 and "counted/1.3.0" in error and "counted/1.2.0" in error
 
 
-@pytest.mark.slow
-def test_resuming_reads_a_hundredth_of_the_bytes(tmp_path):
-  """At a random step of 200,000 images, within three seconds."""
-  size, image, noise = 200_000, png(7), np.random.default_rng(0).bytes(6000)
+def many(folder):
+  """Prepares the dataset `many` of 20,000 images, and of 200,000, which are those by ten names; returns the folders."""
+  size, image, noise = 20_000, png(7), np.random.default_rng(0).bytes(6000)
   features = tfds.features.FeaturesDict(
     {"image": tfds.features.Image(encoding_format="png"), "label": tfds.features.ClassLabel(num_classes=3)}
   )
   builder = tfds.dataset_builders.store_as_tfds_dataset(
-    name="many", version="1.0.0", data_dir=tmp_path, features=features, disable_shuffling=True,
+    name="many", version="1.0.0", data_dir=folder, features=features, disable_shuffling=True,
     split_datasets={"train": [(i, {"image": image + noise, "label": i % 3}) for i in range(size)]},
   )  # fmt: skip
-  for _ in records.convert(builder, str(tmp_path / "new")):
+  for _ in records.convert(builder, str(folder / "one")):
     pass
-  stored = sum(path.stat().st_size for path in (tmp_path / "new").rglob("*.array_record*"))
+  ten = folder / "ten" / "many" / "1.0.0"
+  shutil.copytree(folder / "one" / "many" / "1.0.0", ten, copy_function=os.link)
+  paths = sorted(ten.glob("*.array_record*"))
+  for number, path in enumerate(10 * paths):
+    os.link(path, ten / f"many-train.array_record-{number:05}-of-{10 * len(paths):05}.new")
+  for path in paths:
+    path.unlink()
+  for path in ten.glob("*.new"):
+    path.rename(path.with_suffix(""))
+  facts = json.loads((ten / "dataset_info.json").read_text())
+  facts["splits"][0]["shardLengths"] *= 10
+  (ten / "dataset_info.json").unlink()
+  (ten / "dataset_info.json").write_text(json.dumps(facts))
+  return str(folder / "one"), str(folder / "ten")
+
+
+def batches_of_many(folder, first_step, steps):
   augment = input_pipeline.train_augmentation(
     dict(crop_scale=(), interpolation="bicubic", flip=0.0, randaugment="", color_jitter=0.0), (12, 12), (0.5,) * 3, 0, 0
   )
-  for step in [0, *np.random.default_rng(0).integers(0, 5 * size // 100, 3).tolist()]:
+  return input_pipeline.train_batches(
+    datasets.open_dataset("many", folder), "train", batch_size=100, rows=range(100), image_size=(12, 12), seed=0,
+    first_step=first_step, total_steps=first_step + steps, shuffle_buffer=50_000, augment=augment,
+  )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_resuming_reads_a_hundredth_of_the_bytes(tmp_path):
+  """At a random step of 200,000 images, within three seconds."""
+  _, folder = many(tmp_path)
+  stored = sum(path.stat().st_size for path in pathlib.Path(folder).rglob("*.array_record*"))
+  for step in [0, *np.random.default_rng(0).integers(0, 5 * 200_000 // 100, 3).tolist()]:
     began, read = time.monotonic(), _bytes_read()
-    dataset = datasets.open_dataset("many", str(tmp_path / "new"))
-    batches = input_pipeline.train_batches(
-      dataset, "train", batch_size=100, rows=range(100), image_size=(12, 12), seed=0, first_step=step,
-      total_steps=step + 10**6, shuffle_buffer=50_000, augment=augment,
-    )  # fmt: skip
+    batches = batches_of_many(folder, step, 10**6)
     next(batches)
     seconds, share = time.monotonic() - began, (_bytes_read() - read) / stored
     batches.close()
     print(f"step {step}: {seconds:.2f} s, {share:.2%} of {stored:,} bytes")
     assert seconds < 3 and (share < 0.01 or not step)  # the first time Python reads its modules
+
+
+@pytest.mark.slow
+def test_memory_does_not_depend_on_the_dataset(tmp_path):
+  """The peak of 1,000 batches, of 20,000 images and of 200,000; the interpreter and TensorFlow are in it."""
+  code = """
+import resource, sys
+from tests.data.test_records import batches_of_many
+for batch in batches_of_many(sys.argv[1], 0, 1000):
+  pass
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+  peaks = []
+  for folder in many(tmp_path):
+    command = [sys.executable, "-c", code, folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=os.path.dirname(main.__file__))
+    peaks.append(int(done.stdout) / 2**10)
+  print(f"{peaks[0]:.0f} and {peaks[1]:.0f} MiB")
+  assert max(peaks) < 2**11 and abs(peaks[1] - peaks[0]) < 64
 
 
 def _bytes_read():

@@ -43,6 +43,12 @@ def test_a_second_writer_is_told_who_the_first_is(holder, tmp_path, capsys, data
   assert os.listdir(tmp_path) == [lock.FILE]
 
 
+def test_a_file_is_no_workdir(tmp_path):
+  (tmp_path / "file").touch()
+  with pytest.raises(vx.UserError, match="file is a file; choose another --workdir"), lock.hold(str(tmp_path / "file")):
+    pass
+
+
 def test_it_survives_kill_9_and_is_taken_over(holder, tmp_path, caplog):
   holder.send_signal(signal.SIGKILL)
   time.sleep(0.2)  # nobody has asked for its status yet

@@ -125,7 +125,7 @@ def _failure_told(what: str) -> Iterator[None]:
     yield
   except jax.errors.JaxRuntimeError as error:
     first = str(error).strip().splitlines()[0]
-    raise RunError(f"{what}: {first}; reproduce it with python main.py {shlex.join(sys.argv[1:])}") from None
+    raise RunError(f"{what}: {first}; reproduce it with {shlex.join(sys.argv[1:])}") from None
 
 
 def print_plan(plan: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ Lookup = Callable[[tf.Tensor], dict[str, tf.Tensor]]  # indices, int64 (n,), to 
 GROUP = 32  # examples that are looked up, and decoded, together
 IN_ORDER = (
   "its TFRecord files can be read in their order alone: it is shuffled in a buffer, each host's share for itself, and "
-  "resuming reads what was read before; python main.py prepare, with the same flags, makes files that mend both"
+  "resuming reads what was read before; the command prepare, with the same flags, makes files that mend both"
 )
 IMAGENET_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 SAMPLED = 64  # images that `sample` gives; of a folder it gives more:

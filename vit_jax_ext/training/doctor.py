@@ -133,7 +133,7 @@ def _check_compiled_memory(config: ml_collections.ConfigDict, experiment: Experi
   limit = f" of {size(found['limit'])}" if found["limit"] else ""
   finding = f"{size(found['total'])}{limit} on each device of {target.name}{': ' if parts else ''}{parts}"
   if found["limit"] and found["total"] > found["limit"]:
-    raise UserError(f"{finding}; python main.py plan with the same flags says what would make it fit")
+    raise UserError(f"{finding}; the command plan, with the same flags, says what would make it fit")
   return finding
 
 

@@ -77,6 +77,8 @@ def _take(path: epath.Path) -> None:
     if (owner := _read(path)) is not None and owner != _me():
       logging.warning("%s was left behind by %s, which is gone; it is taken over", path, _name(owner))
     path.write_text(text)
+  except FileExistsError:
+    raise UserError(f"workdir {path.parent} is a file; choose another --workdir") from None
   except OSError as error:
     raise UserError(
       f"workdir {path.parent} cannot be written: {error.strerror or error}; choose another --workdir"
