@@ -20,7 +20,7 @@ command_line
 commands
 studies.run
 studies.probe
-studies.study  studies.figures
+studies.study  studies.figures  studies.mechanisms
 studies.statistics
 attention.measure  attention.clusters   compare.comparison   training.doctor
 plan

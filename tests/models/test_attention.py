@@ -157,6 +157,65 @@ def test_a_model_is_the_same_with_kernels(name, overrides, on_tpu):
     np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()) + 1e-6)
 
 
+@pytest.mark.parametrize("implementation", ["half", "auto"])
+@pytest.mark.parametrize(("windows", "masked"), [(1, False), (4, True)])
+def test_maps_in_half_precision(windows, masked, implementation, monkeypatch):
+  """Values and gradients are within what rounding to bfloat16 makes of them; auto is this on GPUs where a bias is."""
+  monkeypatch.setattr(attention, "platform", lambda: "gpu")
+  heads, shape = 4, (6, windows, 9, 64) if masked else (6, 9, 64)
+  q, k, v, dy = (x.astype(jnp.bfloat16) for x in draw(*[shape] * 4))
+  (bias,) = draw((heads, 9, 9), seed=1)
+  mask = jnp.where(draw((windows, 9, 9))[0] + 3 * jnp.eye(9) < -0.5, -jnp.inf, 0.0) if masked else None
+
+  def plain(q, k, v, bias):
+    added = bias if mask is None else bias + mask[:, None]
+    return plain_weigh(plain_maps(*(x.astype(jnp.float32) for x in (q, k)), heads, 0.3, added), v.astype(jnp.float32))
+
+  def half(q, k, v, bias):
+    y, attn = attention.attend(q, k, v, num_heads=heads, scale=0.3, bias=bias, mask=mask, implementation=implementation)
+    assert y.dtype == q.dtype and attn.dtype == jnp.float32
+    return y.astype(jnp.float32)
+
+  def values(f):
+    y, back = jax.vjp(f, q, k, v, bias)
+    return [y, *back(dy.astype(jnp.float32))]
+
+  found = [jax.jit(functools.partial(values, f))() for f in (half, plain)]
+  for a, b in zip(*found, strict=True):
+    a, b = (x.astype(jnp.float32) for x in (a, b))
+    assert jnp.linalg.norm(a - b) < 0.01 * jnp.linalg.norm(b)
+
+
+@pytest.mark.parametrize(
+  ("windows", "queries", "keys", "biased"), [(0, 12, 12, False), (0, 9, 9, False), (0, 1, 10, False), (4, 9, 9, True)]
+)
+def test_cudnn_gets_even_numbers_of_tokens(windows, queries, keys, biased, monkeypatch):
+  """JAX refuses to differentiate others. Its own implementation of the same function stands in for cuDNN."""
+  function, shapes = jax.nn.dot_product_attention, []
+
+  def stand_in(q, k, v, bias, *, implementation, **kw):
+    assert implementation == "cudnn"
+    shapes.extend([q.shape[1], k.shape[1]])
+    return function(q, k, v, bias, implementation="xla", **kw)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+  monkeypatch.setattr(attention, "_obstacles", lambda *_: dict.fromkeys(attention.IMPLEMENTATIONS, ""))
+  axes = (2, windows) if windows else (2,)
+  q, k, v, dy = draw(*[(*axes, n, 32) for n in (queries, keys, keys, queries)])
+  (bias,) = draw((4, queries, keys), seed=1)
+  mask = jnp.where(draw((windows, queries, keys))[0] < -1, -1e9, 0.0) if windows else None
+
+  def cudnn(q, k, v, *bias):
+    bias = bias[0] if bias else None
+    return attention.attend(q, k, v, num_heads=4, scale=0.3, bias=bias, mask=mask, implementation="cudnn")[0]
+
+  def plain(q, k, v, *bias):
+    return plain_weigh(plain_maps(q, k, 4, 0.3, bias[0] + mask[:, None] if biased else 0.0), v)
+
+  check_same(cudnn, plain, dy, q, k, v, *[bias][: int(biased)])
+  assert shapes and not any(n % 2 for n in shapes)
+
+
 def test_what_an_implementation_does_not_take_is_named(monkeypatch):
   q = jnp.ones((1, 4, 6), jnp.float32)
   kw = dict(num_heads=2, scale=1.0)
@@ -170,11 +229,11 @@ def test_what_an_implementation_does_not_take_is_named(monkeypatch):
     attention.attend(q, q, q, implementation="cudnn", **kw)
   monkeypatch.setattr(attention, "_cudnn_missing", lambda: "no cuDNN")
   q = jnp.ones((1, 4, 16), jnp.bfloat16)
-  with pytest.raises(vx.UserError, match=r"attention=cudnn .*: no cuDNN; choose auto or reference"):
+  with pytest.raises(vx.UserError, match=r"attention=cudnn .*: no cuDNN; choose auto or reference, half"):
     attention.attend(q, q, q, implementation="cudnn", **kw)
-  y, _ = attention.attend(q, q, q, **kw)  # so auto is the reference
+  y, _ = attention.attend(q, q, q, **kw)  # so auto is half
   np.testing.assert_array_equal(y, q)
-  with pytest.raises(vx.UserError, match="'flash' is unknown; choose one of auto, reference, pallas, cudnn"):
+  with pytest.raises(vx.UserError, match="'flash' is unknown; choose one of auto, reference, pallas, cudnn, half"):
     vx.create_model("deit_tiny_patch16_224", rngs=nnx.Rngs(0), attention="flash")
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import ml_collections
 import pytest
 
 from configs import digits
@@ -194,6 +195,28 @@ def test_gpus(kind, config):
   # The published speed of neither arithmetic nor memory is exceeded.
   time = result["time"]
   assert time["step"] >= max(time["computation"], time["memory"]) > 0 and 0 < time["share_of_peak"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("name", "tokens", "overrides"),
+  [
+    ("deit_tiny_patch16_224", [197], dict(depth=2)),
+    ("crossvit_15_dagger_224", [401, 197], dict(depth=((1, 1),))),
+    ("swin_tiny", [49], dict(depths=(2, 2), num_heads=(3, 6))),
+  ],
+)
+def test_gpus_have_no_maps_in_float32(name, tokens, overrides, config):
+  """None where cuDNN keeps them on the chip; where there is a bias they are in memory in half precision."""
+  pytest.importorskip("jax_cuda12_plugin")
+  config.model.update(name=name)
+  config.model.overrides = ml_collections.ConfigDict(overrides | dict(dtype="bfloat16"))
+  config.batch_size = 4
+  experiment = Experiment(config, 10, 1437, devices=open_target("h100:1x1").devices)
+  program = Program(compile_program(config, experiment).compiled.as_text())
+  arrays = {array for instruction, _ in program.executed() for array in instruction.results}
+  found = {array.dtype for array in arrays if array.shape[-2:] in [(n, n) for n in tokens] and len(array.shape) > 3}
+  assert found == ({"bf16"} if name == "swin_tiny" else set())
 
 
 @pytest.mark.slow

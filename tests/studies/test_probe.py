@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,7 +10,7 @@ from tests.command_line import execute
 from vit_jax_ext import config as configs
 from vit_jax_ext.compare import cost
 from vit_jax_ext.data import probes
-from vit_jax_ext.studies import figures, probe, statistics
+from vit_jax_ext.studies import figures, mechanisms, probe, statistics
 from vit_jax_ext.studies import run as running
 from vit_jax_ext.studies import study as studies
 
@@ -86,9 +87,10 @@ def test_the_tables(output):
     differences = [100 * (two[row[1]] - one[row[1]]) for one, two in zip(runs["1"], runs["2"], strict=True)]
     assert float(row[2]) == pytest.approx(np.mean(differences), abs=0.051)
     assert row[6].startswith(("supported", "contradicted", "not decided with 2 seeds"))
-  assert (output / "studies" / "tiny.png").read_bytes().startswith(b"\x89PNG")
+  for name in ("tiny", "tiny.similarity"):
+    assert (output / "studies" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
   page = (output / "report.html").read_text()
-  assert "What that says of the claims" in page and table["rows"][0][4] in page
+  assert "What that says of the claims" in page and table["rows"][0][4] in page and page.count("<img") == 2
 
 
 def test_the_test_is_on_images_of_that_difficulty(output, argv, run):
@@ -166,6 +168,47 @@ def test_claims_are_about_models_of_the_study(name):
   assert {argument for claim in about["claims"] for argument in claim} <= set(labels)
   assert about["claims"] and len(about["learning_rates"]) >= 2
   assert configs.load_config(f"{studies.PROBES[name]}:{next(iter(labels))}").dataset.name == f"probes/{name}"
+
+
+@pytest.mark.parametrize(
+  ("probe_name", "cell", "what", "columns"),
+  [
+    ("scales", "cross_attention", "attention", ["image", "A\nclass token 0", "A\nclass token 1"]),
+    ("twins", "boat_swin", "clusters", ["image", "A\nhead 0", "A\nhead 1"]),
+    ("twins", "swin", None, []),
+  ],
+)
+def test_what_models_look_at_is_drawn(probe_name, cell, what, columns, random_model, monkeypatch):
+  """What `out` has of one image of each level, and nothing of a model that has none of it."""
+  config = configs.load_config(f"{studies.PROBES[probe_name]}:{cell}")
+  model = random_model(config.model.name, num_classes=4, **config.model.overrides)
+  about = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+  monkeypatch.setattr(mechanisms, "load_run", lambda workdir: (model, about))
+  drawn = mechanisms.draw(probe_name, {"A": "workdir"})
+  if what is None:
+    assert drawn == {}
+    return
+  (figure,) = (drawn[name] for name in [what])
+  levels = [*probes.PROBES[probe_name].levels]
+  axes = np.reshape(figure.axes, (len(levels), len(columns)))
+  assert [place.get_title() for place in axes[0]] == columns
+  for row, level in zip(axes, levels, strict=True):
+    (image,), _ = probes.generate(probe_name, f"test_{level}", [0])
+    image = np.broadcast_to(image, (32, 32, 3))
+    np.testing.assert_array_equal(row[0].images[0].get_array(), image)
+    _, out = model(jnp.asarray(((image / 255 - about["mean"]) / about["std"])[None], jnp.float32))
+    for i, place in enumerate(row[1:]):
+      shown = place.images[0].get_array()
+      if what == "attention":
+        (name,) = (key for key in out if key.endswith(f"fusion.{i}.attn"))
+        side = (4, 8)[i]  # of the other branch
+        expected = np.asarray(out[name][0, :, 0, 1:]).mean(axis=0).reshape(side, side)
+        np.testing.assert_allclose(shown, expected, atol=1e-5)
+      else:
+        name = [key for key in out if key.startswith("layers.0.") and key.endswith(".clusters")][-1]
+        groups = np.asarray(out[name][0, i]).reshape(4, 4).repeat(8, axis=0).repeat(8, axis=1)
+        colours = {group: shown[groups == group].std(axis=0).max() for group in np.unique(groups)}
+        assert shown.shape == (32, 32, 3) and len(colours) == 4
 
 
 @pytest.mark.parametrize("name", probes.PROBES)

@@ -27,7 +27,8 @@ def write(folder: str) -> str:
   That is results.json, and studies/NAME.json, either of which may be missing.
 
   A study is a JSON object: `title`; `text`, a paragraph; `columns`, headings; `rows`, each a list of texts, numbers,
-  [mean, spread] pairs, or null for what is not known. The figure studies/NAME.png, if there is one, comes below.
+  [mean, spread] pairs, or null for what is not known. The figures studies/NAME.png and studies/NAME.*.png, if there are
+  any, come below.
 
   Raises:
     UserError: the folder cannot be written.
@@ -41,8 +42,9 @@ def write(folder: str) -> str:
   for path in sorted(glob.glob(os.path.join(folder, STUDIES, "*.json"))):
     with open(path) as file:
       studies.append(json.load(file))
-    figure = f"{path.removesuffix('.json')}.png"
-    studies[-1]["figure"] = data_address(figure) if os.path.exists(figure) else None
+    stem = glob.escape(path.removesuffix(".json"))
+    paths = [found for end in (".png", ".*.png") for found in sorted(glob.glob(stem + end))]
+    studies[-1]["figures"] = [data_address(found) for found in paths]
   with replace(folder, FILE) as file:
     file.write(render(comparison, studies))
   return os.path.join(folder, FILE)

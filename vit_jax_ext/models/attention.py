@@ -14,8 +14,9 @@ from vit_jax_ext.errors import UserError
 from vit_jax_ext.models.fused_attention import fused_attention
 from vit_jax_ext.models.fused_reattention import covariance_sums, mix_heads
 
-# pallas: kernels that keep the maps on the chip (fused_attention); cudnn: NVIDIA's; reference: XLA, the maps in memory.
-IMPLEMENTATIONS = ("auto", "reference", "pallas", "cudnn")
+# pallas: kernels that keep the maps on the chip (fused_attention); cudnn: NVIDIA's; half: XLA, logits and maps in
+# memory in half precision, as torch's autocast has its products; reference: XLA, in float32.
+IMPLEMENTATIONS = ("auto", "reference", "pallas", "cudnn", "half")
 # A kernel's program holds a few maps of one head, of 4 bytes a pair of tokens, in 96 MiB.
 LARGEST_MAP = 2 * 2**20
 
@@ -35,13 +36,42 @@ def softmax_attention(
   mask: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
   """Returns softmax(scale * q k^T + bias + mask), at least float32; see `attend` for the arguments."""
+  return jax.nn.softmax(_logits(q, k, num_heads, scale, bias, mask, widest(q.dtype)), axis=-1)
+
+
+def _logits(q, k, num_heads, scale, bias, mask, product_dtype):
   q, k = split_heads(q, num_heads), split_heads(k, num_heads)
-  logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=widest(q.dtype)) * scale
+  logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=product_dtype)
+  logits = logits.astype(widest(logits.dtype)) * scale
   if bias is not None:
     logits += bias
   if mask is not None:
     logits += mask[:, None]
-  return jax.nn.softmax(logits, axis=-1)
+  return logits
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def rounded_softmax(logits: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """Returns the softmax of float32 `logits` over the last axis, rounded to `dtype`: all that the backward pass keeps.
+
+  So the compiler can make the logits where it uses them up, and float32 is never in memory.
+  """
+  return jax.nn.softmax(logits, axis=-1).astype(dtype)
+
+
+def _rounded_softmax_forward(logits, dtype):
+  attn = rounded_softmax(logits, dtype)
+  return attn, attn
+
+
+def _rounded_softmax_backward(_, attn, grad):
+  wide, grad = attn.astype(jnp.float32), grad.astype(jnp.float32)
+  grad = (wide * (grad - (grad * wide).sum(axis=-1, keepdims=True))).astype(attn.dtype)
+  # Else the compiler would have it in float32, for the gradient of a bias.
+  return (jax.lax.optimization_barrier(grad).astype(jnp.float32),)
+
+
+rounded_softmax.defvjp(_rounded_softmax_forward, _rounded_softmax_backward)
 
 
 def weigh(attn: jax.Array, v: jax.Array) -> jax.Array:
@@ -72,9 +102,9 @@ def attend(
     num_heads, scale: heads; factor of the logits.
     bias: (heads, queries, keys), the same for all windows, or None.
     mask: (windows, queries, keys), 0 or -inf, the same for all heads, or None; has no gradient.
-    drop: dropout of the maps, which only the reference knows; None for none.
+    drop: dropout of the maps, which the kernels do not know; None for none.
     implementation: one of IMPLEMENTATIONS. auto: pallas on TPUs, cudnn on NVIDIA GPUs where there is no bias or mask,
-      and the reference elsewhere and for what they do not take.
+      half there for what it does not take, and the reference elsewhere and for what these do not take.
 
   Returns:
     y: (..., queries, C).
@@ -83,12 +113,16 @@ def attend(
   Raises:
     UserError: the implementation does not take this; says why.
   """
-  if implementation == "auto" and not (bias is None and mask is None) and platform() == "gpu":
-    implementation = "reference"  # cuDNN's support for biases hangs on shapes and versions
-  implementation = _choose(implementation, _obstacles(q, k, num_heads, drop))
+  obstacles = _obstacles(q, k, num_heads, drop)
+  if implementation == "auto" and not (bias is None and mask is None):
+    obstacles["cudnn"] = "its support for biases hangs on shapes and versions"
+  implementation = _choose(implementation, obstacles)
   attn = softmax_attention(q, k, num_heads=num_heads, scale=scale, bias=bias, mask=mask)
-  if implementation == "reference":
-    return weigh(attn if drop is None else drop(attn), v), attn
+  if implementation in ("reference", "half"):
+    used = attn
+    if implementation == "half":
+      used = rounded_softmax(_logits(q, k, num_heads, scale, bias, mask, q.dtype), q.dtype)
+    return weigh(used if drop is None else drop(used), v), attn
   function = _pallas if implementation == "pallas" else _cudnn
   return function(q, k, v, bias, mask, num_heads, scale), attn
 
@@ -154,7 +188,7 @@ def reattend(
     q, k, v: (B, tokens, C).
     mixing: (groups of images, heads, heads), at least float32.
     shift: (groups of images, heads), at least float32.
-    num_heads, scale, implementation: of P = softmax(scale * q k^T); see `attend`. cudnn is the reference here.
+    num_heads, scale, implementation: of P = softmax(scale * q k^T); see `attend`; all but pallas are the reference.
 
   Returns:
     y: (B, queries, C).
@@ -178,7 +212,8 @@ def _choose(implementation: str, obstacles: dict[str, str]) -> str:
     UserError: it does not work here.
   """
   if implementation == "auto":
-    return next((name for name in ("pallas", "cudnn") if not obstacles[name]), "reference")
+    best = ("pallas", "cudnn", *["half"] * (platform() == "gpu"))  # CPUs have no units for half precision
+    return next((name for name in best if not obstacles[name]), "reference")
   if obstacles[implementation]:
     able = ", ".join(name for name, obstacle in obstacles.items() if not obstacle)
     raise UserError(
@@ -205,7 +240,8 @@ def _obstacles(q, k, num_heads, drop) -> dict[str, str]:
     cudnn = f"it takes heads as wide as a multiple of 8 up to 128, not {width}"
   elif not cudnn:
     cudnn = _cudnn_missing()
-  return {"reference": "", "pallas": pallas, "cudnn": cudnn}
+  half = "" if q.dtype in (jnp.bfloat16, jnp.float16) else f"it takes bfloat16 and float16, not {q.dtype}"
+  return {"reference": "", "pallas": pallas, "cudnn": cudnn, "half": half}
 
 
 @functools.cache
@@ -235,6 +271,13 @@ def _cudnn(q, k, v, bias, mask, num_heads, scale):
   if mask is not None:
     both = mask[:, None] if bias is None else bias + mask[:, None]
     bias = jnp.broadcast_to(both, (len(q), *both.shape)).reshape(len(q) * windows, *both.shape[1:])
-  bias = None if bias is None else bias.astype(q.dtype)
-  y = jax.nn.dot_product_attention(*heads, bias, scale=scale, implementation="cudnn")
-  return y.reshape(q.shape)
+  # JAX's gradient refuses odd numbers of tokens, such as 196 patches and a class token: they get one that nobody sees.
+  odd, lengths = (q.shape[-2] % 2, k.shape[-2] % 2), {}
+  if any(odd):
+    heads = [jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in heads]
+    lengths["query_seq_lengths"] = jnp.full(len(heads[0]), q.shape[-2], jnp.int32)
+    lengths["key_value_seq_lengths"] = jnp.full(len(heads[0]), k.shape[-2], jnp.int32)
+  if bias is not None:
+    bias = jnp.pad(bias, ((0, 0), (0, 0), (0, odd[0]), (0, odd[1]))).astype(q.dtype)
+  y = jax.nn.dot_product_attention(*heads, bias, scale=scale, implementation="cudnn", **lengths)
+  return y[:, : q.shape[-2]].reshape(q.shape)

@@ -20,7 +20,7 @@ from vit_jax_ext.compare import report
 from vit_jax_ext.data.probes import PROBES
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.files import write_json
-from vit_jax_ext.studies import figures, statistics
+from vit_jax_ext.studies import figures, mechanisms, statistics
 from vit_jax_ext.studies.study import Cell, Run, Study, Thresholds, describe_cell, find_run, with_values
 from vit_jax_ext.training.evaluate import evaluate_weights
 
@@ -99,7 +99,10 @@ class ProbeStudy(Study):
     return f" Not finished: {runs - missing} of {runs} runs are in, {searches} of them searches." if missing else ""
 
   def write(self, output: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Writes the table of what is finished, that of the verdicts, curves with samples below, and the page."""
+    """Writes the table of what is finished, that of the verdicts, curves with samples below, and the page.
+
+    When all is finished, also what the models of the first seed look at.
+    """
     tables = {self.name: self._accuracy_table()}
     if rows := self._verdicts():
       tables[f"{self.name}_verdicts"] = {
@@ -114,6 +117,10 @@ class ProbeStudy(Study):
     paths = [write_json(folder, f"{name}.json", table) for name, table in tables.items()]
     curves = {label: cell.accuracies() for label, cell in zip(self.labels, self.cells, strict=True)}
     paths.append(save(folder, f"{self.name}.png", figures.accuracy_against_difficulty(self.probe, curves)))
+    if not self.status():
+      first = {label: cell.runs[0].workdir for label, cell in zip(self.labels, self.cells, strict=True)}
+      looks = mechanisms.draw(self.probe, first)
+      paths += [save(folder, f"{self.name}.{what}.png", figure) for what, figure in looks.items()]
     return [*tables.values()], [*paths, report.write(output)]
 
   def _accuracy_table(self) -> dict[str, Any]:
