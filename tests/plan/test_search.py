@@ -2,9 +2,14 @@
 
 import dataclasses
 import itertools
+import os
+import sys
+import time
 
+import psutil
 import pytest
 
+import main
 import vit_jax_ext as vx
 from vit_jax_ext.console import Countdown
 from vit_jax_ext.plan import cases, search
@@ -120,3 +125,29 @@ def test_plans_are_made_once_and_survive_a_crash(tmp_path, monkeypatch):
     monkeypatch.setattr(cases, "_plan", _crash)
     assert cases.make_plan(case, str(tmp_path), countdown) == plan
     assert cases.make_plan(bad, str(tmp_path), countdown) == {"error": "the compiler crashed"}
+
+
+PLANNED = """
+import sys
+from vit_jax_ext.console import Countdown
+from vit_jax_ext.plan import cases
+with Countdown({"plan": (1, 1.0)}) as countdown:
+  cases.make_plan(cases.Case("configs/digits.py:vit", (), "cpu:2", 1, 10, 1437), sys.argv[1], countdown)
+"""
+
+
+def test_a_compilation_ends_with_its_parent(tmp_path):
+  """A compiler may be in the midst of minutes when the command is killed."""
+  process = psutil.Popen([sys.executable, "-c", PLANNED, tmp_path], cwd=os.path.dirname(main.__file__))
+  compilers = []
+  while not compilers:
+    time.sleep(0.1)
+    assert process.poll() is None
+    compilers = [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
+  time.sleep(3)  # until it watches
+  process.kill()
+  process.wait()
+  gone, left = psutil.wait_procs(compilers, timeout=20)
+  for each in left:
+    each.kill()
+  assert gone and not left

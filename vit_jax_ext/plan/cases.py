@@ -7,7 +7,10 @@ import hashlib
 import importlib.metadata
 import json
 import multiprocessing
+import os
 import pathlib
+import threading
+import time
 from typing import Any
 
 import jax
@@ -72,7 +75,9 @@ def make_plan(case: Case, folder: str, countdown: Countdown) -> dict[str, Any]:
   with (
     countdown.job("plan", 1, f"{case.config} on {case.devices} {' '.join(case.overrides)}"),
     # Whatever a compiler does to its process, even if it ends it, and whatever memory it keeps.
-    concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
+    concurrent.futures.ProcessPoolExecutor(
+      1, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),)
+    ) as pool,
   ):
     try:
       result = pool.submit(_plan, case).result()
@@ -81,6 +86,17 @@ def make_plan(case: Case, folder: str, countdown: Countdown) -> dict[str, Any]:
   if "error" not in result:
     write_json(folder, path.name, result)
   return result
+
+
+def _end_with(parent: int) -> None:
+  """Ends this process when its parent is gone, in the midst of a compilation too."""
+
+  def watch():
+    while os.getppid() == parent:
+      time.sleep(1)
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
 
 
 def _plan(case: Case) -> dict[str, Any]:
