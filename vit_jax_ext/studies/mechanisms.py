@@ -125,7 +125,8 @@ def _against_depth(similarity: Mapping[str, np.ndarray]) -> Figure:
   for label, values in similarity.items():
     axes.plot(range(1, len(values) + 1), values, marker="o", markersize=4, label=label)
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-  axes.set(xlabel="block p", ylabel="cosine similarity of its maps with block p + 1's", ylim=(-0.02, 1.02),
+  lowest = min(0.0, *(values.min() for values in similarity.values()))  # maps mixed by re-attention may be opposed
+  axes.set(xlabel="block p", ylabel="cosine similarity of its maps with block p + 1's", ylim=(lowest - 0.02, 1.02),
            title="How alike neighbouring blocks attend, at the hardest level")  # fmt: skip
   figure.legend(loc="outside right upper", fontsize=9)
   return figure
