@@ -72,7 +72,7 @@ def listed(dataset, split="train", *share):
 def test_prepare_makes_the_same_dataset_readable_in_any_order(elsewhere, data_dir, tmp_path, run):
   before = datasets.open_dataset("counted", str(data_dir))
   in_order = listed(before)
-  assert before.lookup("train") is None and "python main.py prepare" in before.remarks[0]
+  assert before.lookup("train") is None and "the command prepare" in before.remarks[0]
   output = [f"--output={tmp_path / 'new'}"] if elsewhere else []
   status, out, _ = run("prepare", *flags(data_dir), *output)
   assert status == 0 and out.startswith("counted is ready")

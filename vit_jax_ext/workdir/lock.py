@@ -7,12 +7,14 @@ its own host it is known to be gone, to other hosts because the file is not touc
 from collections.abc import Iterator
 import contextlib
 import datetime
+import fcntl
 import json
 import os
 import pathlib
 import socket
 import threading
 import time
+from typing import IO
 
 from absl import logging
 from etils import epath
@@ -26,14 +28,19 @@ DEAD = 30.0  # seconds without one, after which a process of another host is tak
 SETTLE = 0.5  # seconds in which a file that several write at once has become that of the last
 
 
-def check(workdir: str) -> None:
-  """Raises UserError if another living process writes into `workdir`; says which and since when."""
+def check(workdir: str) -> dict | None:
+  """Returns who has left a lock in `workdir`, None if nobody has.
+
+  Raises:
+    UserError: another living process writes into it; says which.
+  """
   path = epath.Path(workdir).expanduser() / FILE
   owner = _read(path)
   if owner is not None and owner != _me() and _lives(path, owner):
     raise UserError(
       f"workdir {workdir} is being written by {_name(owner)}; wait for it or end it, or choose another --workdir"
     )
+  return owner
 
 
 @contextlib.contextmanager
@@ -48,9 +55,8 @@ def hold(workdir: str) -> Iterator[None]:
   if _read(path) == _me():  # a study has it for its run
     yield
     return
-  check(workdir)
-  _take(path)
-  check(workdir)  # whoever wrote last has it
+  _take(path, check(workdir))
+  check(workdir)  # where files cannot be locked, whoever wrote last has it
   stop = threading.Event()
   beat = threading.Thread(target=_beat, args=(path, stop), daemon=True)
   beat.start()
@@ -66,24 +72,43 @@ def hold(workdir: str) -> Iterator[None]:
         os.rmdir(folder)  # if nothing was written
 
 
-def _take(path: epath.Path) -> None:
+def _take(path: epath.Path, gone: dict | None) -> None:
+  """Writes this process into the file, in place of nobody or of the one that is known to be gone."""
   text = json.dumps(_me() | {"since": datetime.datetime.now().astimezone().isoformat(timespec="seconds")})
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if "://" not in os.fspath(path):
-      with contextlib.suppress(FileExistsError), open(path, "x") as file:  # one of several processes can
+    if "://" in os.fspath(path):
+      path.write_text(text)
+    else:
+      with _alone(path) as file:
+        if (owner := _read(path)) and owner != gone:  # another one was faster
+          check(os.fspath(path.parent))
+        file.truncate(0)
         file.write(text)
-        return
-    if (owner := _read(path)) is not None and owner != _me():
-      logging.warning("%s was left behind by %s, which is gone; it is taken over", path, _name(owner))
-    path.write_text(text)
   except FileExistsError:
     raise UserError(f"workdir {path.parent} is a file; choose another --workdir") from None
   except OSError as error:
     raise UserError(
       f"workdir {path.parent} cannot be written: {error.strerror or error}; choose another --workdir"
     ) from None
+  if gone is not None and gone != _me():
+    logging.warning("%s was left behind by %s, which is gone; it is taken over", path, _name(gone))
   time.sleep(SETTLE)
+
+
+@contextlib.contextmanager
+def _alone(path: epath.Path) -> Iterator[IO[str]]:
+  """Opens a file, made if needed, that no other process opens so meanwhile, where the file system can do that."""
+  while True:
+    with open(path, "a+") as file:
+      with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
+      is_there = False  # or somebody has deleted it meanwhile
+      with contextlib.suppress(FileNotFoundError):
+        is_there = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+      if is_there:
+        yield file
+        return
 
 
 def _beat(path: epath.Path, stop: threading.Event) -> None:
