@@ -54,7 +54,7 @@ def draw(probe: str, workdirs: Mapping[str, str]) -> dict[str, Figure]:
       (found,) = _run(model, about, images, [last])
       clusters |= {f"{label}, head {head}": _square(found[:, head]) for head in range(min(2, found.shape[1]))}
     blocks = [name for name in names if re.fullmatch(r"blocks\.\d+\.attn", name)]
-    if blocks:
+    if len(blocks) > 1:
       maps = attention_maps(dict(zip(blocks, _run(model, about, many, blocks), strict=True)))
       similarity[label] = np.array([block_similarity(*pair).mean() for pair in itertools.pairwise(maps)])
   figures = {}
