@@ -68,6 +68,18 @@ def test_it_finds_the_best_way_of_a_batch_and_then_better_batches(compiled):
   assert len(compiled) == len(trials) <= 5 + 10 + 4
 
 
+def test_memory_is_not_bought_where_there_is_room(monkeypatch):
+  """Splits, then larger batches; in parts only the one that is refused, and never with rematerialisation."""
+  pytest.importorskip("libtpu")
+  monkeypatch.setattr(search, "make_plan", lambda case, *_: made_up(case, room=1000.0))
+  trials = search.search(CASE, "")
+  assert len(trials) == 5 + 1 + 2
+  assert not any("model.overrides.remat=True" in trial.overrides for trial in trials)
+  assert [trial.overrides[-1] for trial in trials if "optimizer.accumulation_steps=4" in trial.overrides] == [
+    "batch_size=256"
+  ]
+
+
 def test_a_table_has_a_row_for_each_trial(compiled):
   trials = search.search(CASE, "")
   titles, *rows = search.table(trials)

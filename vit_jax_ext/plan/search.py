@@ -1,8 +1,9 @@
 """The fastest way to run a training step on given devices: how they are split, and how many images at once.
 
-Three rounds: splits of data x fsdp x model; of the best split that fits and of no split but of the data, the batch in
-parts, one after another, with and without rematerialisation; of the best of these, larger batches, at once or in more
-parts. Nothing else of the config changes.
+Three rounds: splits of data x fsdp x model; where there is no room in the best of them, or without any split of the
+parameters, the fewest parts of the batch, one after another, that fit, with and without rematerialisation; of the best
+of all these, larger batches, at once or else in more parts. Parts and rematerialisation buy memory with time, so they
+are tried only where memory is short. Nothing else of the config changes.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,8 @@ from vit_jax_ext.errors import UserError
 from vit_jax_ext.plan.cases import CELLS, SECONDS, Case, cells, make_plan
 from vit_jax_ext.plan.kinds import open_target
 
-PARTS = (1, 2, 4)
+PARTS = (1, 2, 4)  # of the batch
+FACTORS = (2, 4)  # by which it grows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,32 +65,41 @@ def search(case: Case, folder: str) -> list[Trial]:
   override(config, case.overrides)
   splits = [("mesh.data=-1", f"mesh.fsdp={fsdp}", f"mesh.model={model}") for fsdp, model in _splits(devices)]
   trials: dict[tuple[str, ...], Trial] = {}
-  with Countdown({"plan": (len(splits) + 4 * len(PARTS) + 4, SECONDS)}) as countdown:
+  # Six more of each of two splits, and two of each larger batch, at the most.
+  with Countdown({"plan": (len(splits) + 2 * 2 * len(PARTS) + 2 * len(FACTORS), SECONDS)}) as countdown:
 
-    def compare(candidates: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
-      for overrides in candidates:
-        if overrides in trials:
-          countdown.skip("plan", 1)
-        else:
-          changed = dataclasses.replace(case, overrides=(*case.overrides, *overrides))
-          trials[overrides] = Trial(overrides, make_plan(changed, folder, countdown))
-      return max(trials.values(), key=Trial.rank).overrides
+    def attempt(split: Iterable[str], parts: int = 1, remat: bool = False, factor: int = 1) -> Trial:
+      overrides = (*split, f"optimizer.accumulation_steps={parts}", f"model.overrides.remat={remat}")
+      if factor > 1:
+        overrides += (f"batch_size={config.batch_size * factor}",)
+      if overrides in trials:
+        countdown.skip("plan", 1)
+      else:
+        changed = dataclasses.replace(case, overrides=(*case.overrides, *overrides))
+        trials[overrides] = Trial(overrides, make_plan(changed, folder, countdown))
+      return trials[overrides]
 
-    plain = ("optimizer.accumulation_steps=1", "model.overrides.remat=False")
-    best = compare((*split, *plain) for split in splits)
-    best = compare(
-      (*split, f"optimizer.accumulation_steps={parts}", f"model.overrides.remat={remat}")
-      for split in (best[:3], splits[0])
-      for remat in (False, True)
-      for parts in PARTS
-    )
-    *split, accumulation, remat = best
+    def take_fewest(split: Iterable[str], many: Sequence[int], **other: Any) -> None:
+      for tried, parts in enumerate(many, 1):
+        if attempt(split, parts, **other).fits:
+          countdown.skip("plan", len(many) - tried)
+          return
+
+    def best() -> Trial:
+      return max(trials.values(), key=Trial.rank)
+
+    for split in splits:
+      attempt(split)
+    for split in (best().overrides[:3], splits[0]):
+      if attempt(split).fits:
+        countdown.skip("plan", 2 * len(PARTS) - 1)
+      else:
+        take_fewest(split, PARTS[1:])
+        take_fewest(split, PARTS, remat=True)
+    *split, accumulation, remat = best().overrides
     parts = int(accumulation.rpartition("=")[2])
-    compare(
-      (*split, f"optimizer.accumulation_steps={more}", remat, f"batch_size={config.batch_size * factor}")
-      for factor in (2, 4)
-      for more in (parts, parts * factor)
-    )
+    for factor in FACTORS:
+      take_fewest(split, (parts, parts * factor), remat=remat.endswith("True"), factor=factor)
   return sorted(trials.values(), key=Trial.rank, reverse=True)
 
 
