@@ -112,6 +112,7 @@ def test_the_folder_tells_its_model(run, weights, tmp_path):
     ("crossvit_9_224", dict(CROSSVIT, image_size=120, fusion="none"), "no fusion=none"),
     ("crossvit_9_224", dict(CROSSVIT, image_size=(60, 120)), "takes two; choose a square image_size"),
     ("swin_tiny", dict(SWIN, image_size=(64, 48)), "no squares; choose a square image_size"),
+    ("deit_tiny_distilled_patch16_224", dict(VIT, dist_head=False), "has two heads"),
   ],
 )
 def test_what_timm_does_not_have(name, options, words, run, weights, tmp_path):

@@ -44,9 +44,10 @@ def transformers_model(kind, **kw):
     return perturb(transformers.SwinForImageClassification(transformers.SwinConfig(**options | common)))
   options = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, image_size=48,
                  layer_norm_eps=1e-6)  # fmt: skip
-  if kind == "deit":
+  if kind.startswith("deit"):
     config = transformers.DeiTConfig(**options | common)
-    return perturb(transformers.DeiTForImageClassificationWithTeacher(config))
+    heads = {"deit": "DeiTForImageClassificationWithTeacher", "deit, one head": "DeiTForImageClassification"}
+    return perturb(getattr(transformers, heads[kind])(config))
   config = transformers.ViTConfig(**options | common)
   return perturb((transformers.ViTForImageClassification if kind == "vit" else transformers.ViTModel)(config))
 
@@ -56,6 +57,7 @@ def transformers_model(kind, **kw):
   [
     ("vit", "deit_tiny_patch16_224", VIT),
     ("deit", "deit_tiny_distilled_patch16_224", VIT),
+    ("deit, one head", "deit_tiny_distilled_patch16_224", VIT | {"dist_head": False}),
     ("swin", "swin_tiny", SWIN),
   ],
 )
@@ -110,6 +112,22 @@ def test_timm(theirs, name, options, model_args, x64, tmp_path):
   np.testing.assert_allclose(logits(name, arrays(model), images, **options), expected, rtol=0, atol=1e-6)
   ours = weight_names.to_timm(weight_names.to_authors(arrays(model)))
   assert set(ours) == set(arrays(model))
+
+
+def test_one_head_of_two_says_what_to_create():
+  weights = arrays(transformers_model("deit, one head"))
+  model = vx.create_model("deit_tiny_distilled_patch16_224", rngs=nnx.Rngs(0), **VIT)
+  with pytest.raises(vx.UserError, match=r"2 missing: head_dist\.bias, head_dist\.weight; .*dist_head=False$"):
+    vx.load_pretrained(model, weights)
+
+
+def test_features_of_one_head_are_the_class_tokens(x64):
+  theirs, images = transformers_model("deit, one head"), random_images(48)
+  ours = abstract("deit_tiny_distilled_patch16_224", **VIT | {"dist_head": False, "num_classes": 0})
+  assert len(vx.load_pretrained(ours, arrays(theirs)).unused) == 2
+  with torch.no_grad():
+    expected = theirs.deit(torch.from_numpy(images.transpose(0, 3, 1, 2)))[0][:, 0].numpy()
+  np.testing.assert_allclose(ours(images)[0], expected, rtol=0, atol=1e-6)
 
 
 def test_distilled_heads_are_those_of_timm_in_training(x64):

@@ -260,6 +260,8 @@ def _misfit(variant: str, where: str, missing: list[str], unknown: list[str], mi
     complaints.append(f"{len(unknown)} that the model does not have: {_some(unknown)}")
   if misfits:
     complaints.append(f"{len(misfits)} that do not fit: {_some(misfits)}")
+  if missing and all(name.startswith("head_dist.") for name in missing):
+    complaints.append("for weights of one head create the model with dist_head=False")
   return f"weights from {where} are not those of this {variant}; {'; '.join(complaints)}"
 
 

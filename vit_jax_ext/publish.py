@@ -27,6 +27,8 @@ OPTION = "to=timm FOLDER"  # what another one is to be chosen for where files ca
 
 
 def _vit(options: Mapping[str, Any], model: nnx.Module) -> dict[str, Any]:
+  if not options.get("dist_head", True):
+    raise UserError("timm's distilled DeiT has two heads; convert to .safetensors without --to")
   return {key: options[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
 
 

@@ -24,22 +24,31 @@ class DistilledTransformer(VisionTransformer):
   two learned tokens where it has one: `blocks.{i}.attn` (B, heads, 2 + N, 2 + N), `blocks.{i}` (B, 2 + N, C), and
   besides `logits.{i}` (B, num_classes), those of the class token's head and of the distillation token's: the authors
   train the former with the labels and the latter with the teacher's.
+
+  Args:
+    dist_head: the distillation token has a head. Without it logits and pooled features are the class token's alone, as
+      in DeiTForImageClassification of Transformers.
   """
 
   num_learned_tokens = 2
 
-  def __init__(self, *, num_classes: int = 1000, embed_dim: int = 384, **kw):
+  def __init__(self, *, num_classes: int = 1000, embed_dim: int = 384, dist_head: bool = True, **kw):
     super().__init__(num_classes=num_classes, embed_dim=embed_dim, **kw)
     rngs, dtype, param_dtype = (kw[key] for key in ("rngs", "dtype", "param_dtype"))
     self.dist_token = nnx.Param(layers.token_init(rngs.params(), (1, 1, embed_dim), param_dtype))
+    self.pools_both = dist_head
     self.head_dist = (
-      layers.Head(embed_dim, num_classes, rngs=rngs, dtype=dtype, param_dtype=param_dtype) if num_classes else None
+      layers.Head(embed_dim, num_classes, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+      if num_classes and dist_head
+      else None
     )
 
   def learned_tokens(self) -> jax.Array:
     return jnp.concatenate([self.cls_token[...], self.dist_token[...]], axis=1)
 
   def classify(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    if not self.pools_both:
+      return super().classify(x)
     tokens = self.norm(x[:, :2])
     out = {"pre_logits": tokens.mean(axis=1)}
     if self.head is None:
