@@ -250,9 +250,12 @@ def test_a_mesh_that_does_not_fit_the_devices(config):
     planned(config, data=3)
 
 
-def test_a_compiler_that_crashes_is_told_in_a_line(run, monkeypatch):
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, NotImplementedError, ValueError])
+def test_a_compiler_that_crashes_is_told_in_a_line(kind, run, monkeypatch):
+  """Lowering raises Python's own errors where a platform does not take a program."""
+
   def crash(*_):
-    raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed\nfor many reasons")
+    raise kind("INTERNAL: Mosaic failed\nfor many reasons")
 
   monkeypatch.setattr("vit_jax_ext.plan.report.compile_program", crash)
   status, _, err = run("plan", "--config=configs/digits.py:vit", "--devices=cpu:2")

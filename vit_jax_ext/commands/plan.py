@@ -119,13 +119,14 @@ def run_many(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _failure_told(what: str) -> Iterator[None]:
-  import jax
+  from vit_jax_ext.plan.cases import FAILURES, first_line
 
   try:
     yield
-  except jax.errors.JaxRuntimeError as error:
-    first = str(error).strip().splitlines()[0]
-    raise RunError(f"{what}: {first}; reproduce it with {shlex.join(sys.argv[1:])}") from None
+  except UserError:
+    raise
+  except FAILURES as error:
+    raise RunError(f"{what}: {first_line(error)}; reproduce it with {shlex.join(sys.argv[1:])}") from None
 
 
 def print_plan(plan: dict[str, Any]) -> None:

@@ -25,6 +25,8 @@ from vit_jax_ext.plan.report import plan
 RECIPES = ("crossvit.py:15_dagger", "deepvit.py:16b", "boat.py:swin_tiny", "swin.py:tiny", "cswin.py:tiny",
            "vit.py:deit_small")  # fmt: skip
 DEVICES = ("v5e:4x4", "v5e:16x16", "v5p:4x4x8", "h100:1x8")
+# What XLA raises, and what JAX does where a platform's lowering or a kernel's does not take a program.
+FAILURES = (jax.errors.JaxRuntimeError, NotImplementedError, ValueError)
 SECONDS = 300.0  # first guess of a compilation
 CELLS = ("images a chip", "fits", "step, ms", "images/s a chip", "of peak", "training, h")
 
@@ -106,8 +108,13 @@ def _plan(case: Case) -> dict[str, Any]:
     return plan(config, open_target(case.devices, case.slices), case.num_classes, case.examples)
   except UserError as error:
     return {"error": str(error)}
-  except jax.errors.JaxRuntimeError as error:
-    return {"error": f"the compiler fails: {str(error).strip().splitlines()[0]}"}
+  except FAILURES as error:
+    return {"error": f"the compiler fails: {first_line(error)}"}
+
+
+def first_line(error: Exception) -> str:
+  """Returns what an error says, without the compiler's dump below it."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def plan_all(folder: str, overrides: Sequence[str], num_classes: int, examples: int) -> list[list[str]]:
