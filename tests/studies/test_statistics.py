@@ -75,3 +75,10 @@ def test_equal_models_and_one_seed():
   assert "nor would be with 1,000" in equal.verdict and equal.p == 1
   (single,) = statistics.compare([([50.0], [40.0])])
   assert single.verdict == "not decided: one seed gives no interval" and single.interval is single.p is None
+
+
+def test_a_pair_with_one_seed_leaves_the_others_their_verdict():
+  """As long as a study is not finished, its claims have different numbers of seeds."""
+  single, several = statistics.compare([([50.0], [40.0]), (MODEL, BASELINE)])
+  assert single.verdict == "not decided: one seed gives no interval"
+  assert several.p == pytest.approx(2 * statistics.compare([(MODEL, BASELINE)])[0].p) and several.interval

@@ -79,15 +79,18 @@ class Comparison:
 
 
 def compare(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> list[Comparison]:
-  """Compares accuracies of models with those of their baselines, each pair over the same seeds in the same order."""
+  """Compares accuracies of models with those of their baselines, each pair over the same seeds in the same order.
+
+  One that has a single seed yet counts among those that the others are corrected for.
+  """
   differences = [np.subtract(model, baseline) for model, baseline in pairs]
-  several = all(len(values) > 1 for values in differences)
-  ps = holm([paired_p(values) for values in differences]) if several else [None] * len(pairs)
+  ps = holm([paired_p(values) if len(values) > 1 else 1.0 for values in differences])
   found = []
   for values, p in zip(differences, ps, strict=True):
-    effect = effect_size(values) if several else None
-    verdict = _verdict(effect, p, len(values), LEVEL / len(pairs))
-    found.append(Comparison(float(np.mean(values)), interval(values), effect, p, verdict))
+    tested = len(values) > 1
+    effect = effect_size(values) if tested else None
+    verdict = _verdict(effect, p if tested else None, len(values), LEVEL / len(pairs))
+    found.append(Comparison(float(np.mean(values)), interval(values), effect, p if tested else None, verdict))
   return found
 
 
