@@ -9,7 +9,7 @@ parameters and their multiply-adds.
 from configs import probes
 
 STUDY = {"swin": "Swin", "boat_swin": "BOAT-Swin", "cswin": "CSWin", "boat_cswin": "BOAT-CSWin"}
-PROBE = {"learning_rates": (2e-3, 4e-3), "claims": (("boat_swin", "swin"), ("boat_cswin", "cswin"))}
+PROBE = {"learning_rates": (1e-3, 2e-3), "claims": (("boat_swin", "swin"), ("boat_cswin", "cswin"))}
 # Stages of 4x4 and 2x2 tokens, a tile each in the first one, windows of 2x2. CSWin begins with 8x8.
 SWIN = dict(patch_size=8, embed_dim=32, depths=(4, 1), num_heads=(4, 8), window_size=2)
 CSWIN = dict(embed_dim=16, num_heads=(2, 4, 8), split_size=(2, 1, 2))
@@ -24,7 +24,7 @@ VARIANTS = {
 
 def get_config(cell: str = "boat_swin"):
   """Returns the config of one cell."""
-  config = probes.recipe("twins", 1500)
+  config = probes.recipe("twins", 2000)
   config.model.name = f"{cell}_tiny"
   config.model.overrides.update(VARIANTS[cell])
   return config
