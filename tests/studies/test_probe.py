@@ -182,7 +182,7 @@ def test_claims_are_about_models_of_the_study(name):
 def test_what_models_look_at_is_drawn(probe_name, cell, what, columns, random_model, monkeypatch):
   """What `out` has of one image of each level, and nothing of a model that has none of it.
 
-  Of noise: the empty tiles of twins are all alike, so that rounding says which of them are a cluster.
+  Of noise, of each level its own: the empty tiles of twins are all alike, so that rounding tells their clusters.
   """
   config = configs.load_config(f"{studies.PROBES[probe_name]}:{cell}")
   model = random_model(config.model.name, num_classes=4, **config.model.overrides)
@@ -192,7 +192,7 @@ def test_what_models_look_at_is_drawn(probe_name, cell, what, columns, random_mo
 
   def noise(*args):
     images, labels = generate(*args)
-    return np.random.default_rng(len(args[1])).integers(0, 256, images.shape, np.uint8), labels
+    return np.random.default_rng([*args[1].encode()]).integers(0, 256, images.shape, np.uint8), labels
 
   monkeypatch.setattr(probes, "generate", noise)
   drawn = mechanisms.draw(probe_name, {"A": "workdir"})

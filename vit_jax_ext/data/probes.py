@@ -137,7 +137,7 @@ class Probe:
     turned_by: what a level is.
     levels: name -> level, from easy to hard: of validation, drawn at random, and of the splits test_NAME.
     ramp: those of the training split. Some are so easy that a shortcut helps; what it teaches is a start. Those of
-      `twins` are all easier than what is tested: with harder ones among them windows and clusters learned nothing.
+      `twins` are all easier than what is tested: with harder ones among them BOAT-Swin learned nothing (docs/log.md).
   """
 
   title: str
