@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import vit_jax_ext as vx
-from vit_jax_ext.models import attention, layers, swin
+from vit_jax_ext.models import attention, kernels, layers, swin
 from vit_jax_ext.models.fused_attention import fused_attention
 from vit_jax_ext.models.fused_depthwise import depthwise_conv
 from vit_jax_ext.models.fused_reattention import covariance_sums, mix_heads
@@ -78,6 +78,36 @@ def test_the_kernel_is_attention(images, windows, queries, keys, dim, heads, mas
     return fused_attention(q, k, v, *bias, *[None] * (1 - masked), mask, dim // heads, 0.3)
 
   check_same(fused, plain, dy, q, k, v, *[bias][: int(masked)])
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(96, 3), (256, 4), (105, 3)])  # two fill a tile up
+def test_one_projection_gives_all_that_the_kernel_reads(dim, heads):
+  """Values, maps and the gradients of tokens, kernel and bias."""
+  graphdef = nnx.graphdef(layers.PackedQKV(dim, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)))
+  x, kernel, bias, dy, dmaps = draw((2, 7, dim), (dim, 3 * dim), (3 * dim,), (2, 7, dim), (2, heads, 7, 7))
+
+  def plain(x, kernel, bias):
+    q, k, v = jnp.split(jnp.dot(x, kernel * dim**-0.5, precision="highest") + bias, 3, axis=-1)
+    maps = plain_maps(q, k, heads, 0.3)
+    return plain_weigh(maps, v), maps
+
+  def fused(x, kernel, bias):
+    layer = nnx.merge(graphdef, dict(kernel=kernel * dim**-0.5, bias=bias))
+    return attention.attend_packed(layer.side_by_side(x, heads), width=dim // heads, num_heads=heads, scale=0.3)
+
+  check_same(fused, plain, (dy, dmaps), x, kernel, bias)
+
+
+@pytest.mark.parametrize(("dim", "heads", "shards"), [(96, 4, 2), (512, 8, 4), (96, 3, 1)])
+def test_each_device_gets_its_heads_as_if_there_were_no_others(dim, heads, shards):
+  """`shards` of the 2 or 4 devices of the model axis; three heads are not shared."""
+  mesh = jax.sharding.AbstractMesh((2, max(shards, 2)), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
+  (qkv,) = draw((2, 5, 3, dim))
+  with jax.sharding.use_abstract_mesh(mesh):
+    packed = kernels.pack(qkv, heads)
+    np.testing.assert_array_equal(kernels.unpack(packed, dim, heads), qkv)
+  for own, part in zip(jnp.split(qkv, shards, -1), jnp.split(packed, shards, -1), strict=True):
+    np.testing.assert_array_equal(kernels.pack(own, heads // shards), part)
 
 
 @pytest.mark.parametrize(("images", "tokens", "dim", "heads"), [(2, 11, 96, 3), (1, 20, 105, 3), (2, 9, 128, 8)])

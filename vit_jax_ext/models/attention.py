@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.models.fused_attention import fused_attention
+from vit_jax_ext.models.fused_attention import fused_attention, packed_attention
 from vit_jax_ext.models.fused_reattention import covariance_sums, mix_heads
+from vit_jax_ext.models.kernels import unpack
 
 # pallas: kernels that keep the maps on the chip (fused_attention); cudnn: NVIDIA's; half: XLA, logits and maps in
 # memory in half precision, as torch's autocast has its products; reference: XLA, in float32.
@@ -125,6 +126,19 @@ def attend(
     return weigh(used if drop is None else drop(used), v), attn
   function = _pallas if implementation == "pallas" else _cudnn
   return function(q, k, v, bias, mask, num_heads, scale), attn
+
+
+def attend_packed(qkv: jax.Array, *, width: int, num_heads: int, scale: float) -> tuple[jax.Array, jax.Array]:
+  """Does what `attend` does where `is_fused`, of whole images and without bias.
+
+  Args:
+    qkv: queries, keys and values (B, tokens, n), as `kernels.pack` lays them.
+    width: of a head.
+    num_heads, scale: see `attend`.
+  """
+  q, k, _ = jnp.moveaxis(unpack(qkv, num_heads * width, num_heads), -2, 0)
+  attn = softmax_attention(q, k, num_heads=num_heads, scale=scale)
+  return packed_attention(qkv[:, None], num_heads, width, scale)[:, 0], attn
 
 
 def is_fused(

@@ -1,8 +1,8 @@
 """Multi-head attention whose maps stay on a TPU's chip: Pallas kernels, forward and backward.
 
-A program has the tokens of one or several windows, of all heads side by side as the projections give them: neither
-heads nor queries, keys and values are ever taken apart in memory. Between the passes nothing is kept but q, k and v;
-the backward pass computes the maps again, which costs less than to read them.
+A program has the tokens of one or several windows, of all heads side by side as the projections give them: heads are
+never taken apart in memory, nor are queries, keys and values where one projection gives all three. Between the passes
+nothing is kept but q, k and v; the backward pass computes the maps again, which costs less than to read them.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from vit_jax_ext.models.kernels import (
   call,
   head_groups,
+  head_shards,
   like,
   on_each_device,
   own_lanes,
@@ -65,9 +66,9 @@ def adder(bias_ref, mask_ref, window) -> Callable:
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, y_ref, *, width, scale):
-  @pl.loop(0, q_ref.shape[1])
+  @pl.loop(0, y_ref.shape[1])
   def _(window):
-    for lanes, heads in head_groups(q_ref.shape[-1], width):
+    for lanes, heads in head_groups(y_ref.shape[-1], width):
       q, k, v = (ref[0, window, :, lanes] for ref in (q_ref, k_ref, v_ref))
       y = forward_heads(q, k, v, heads, width, scale, adder(bias_ref, mask_ref, window))
       y_ref[0, window, :, lanes] = y.astype(y_ref.dtype)
@@ -82,9 +83,9 @@ def _backward_kernel(
     def _():
       dbias_ref[...] = jnp.zeros_like(dbias_ref)
 
-  @pl.loop(0, q_ref.shape[1])
+  @pl.loop(0, dy_ref.shape[1])
   def _(window):
-    for lanes, heads in head_groups(q_ref.shape[-1], width):
+    for lanes, heads in head_groups(dy_ref.shape[-1], width):
       q, k, v, dy = (ref[0, window, :, lanes] for ref in (q_ref, k_ref, v_ref, dy_ref))
       add, own_dbias = adder(bias_ref, mask_ref, window), None if dbias_ref is None else dbias_ref.at[0]
       gradients = backward_heads(q, k, v, dy, heads, width, scale, add, own_dbias)
@@ -135,3 +136,57 @@ def _backward(width, scale, residuals, dy):
 
 
 fused_attention.defvjp(_forward, _backward)
+
+
+def _thirds(ref) -> list:
+  """Returns references to the queries, keys and values that `kernels.pack` has laid side by side."""
+  size = ref.shape[-1] // 3
+  return [ref.at[..., pl.ds(i * size, size)] for i in range(3)]
+
+
+def _packed_forward_kernel(qkv_ref, y_ref, *, width, scale):
+  _forward_kernel(*_thirds(qkv_ref), None, None, y_ref, width=width, scale=scale)
+
+
+def _packed_backward_kernel(qkv_ref, dy_ref, dqkv_ref, *, width, scale):
+  channels, gradient_refs = dy_ref.shape[-1], _thirds(dqkv_ref)
+  for ref in gradient_refs:
+    if ref.shape[-1] > channels:  # what fills the last tile up has no gradient
+      ref[..., channels:] = jnp.zeros((*ref.shape[:-1], ref.shape[-1] - channels), ref.dtype)
+  _backward_kernel(*_thirds(qkv_ref), None, None, dy_ref, *gradient_refs, width=width, scale=scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def packed_attention(qkv: jax.Array, num_heads: int, width: int, scale: float) -> jax.Array:
+  """Returns softmax(scale * q k^T) v by head, (images, 1, tokens, heads * width).
+
+  Args:
+    qkv: (images, 1, tokens, n), q, k and v as `kernels.pack` lays them.
+    num_heads, width: heads, and channels of one.
+    scale: of the logits.
+  """
+  kernel = functools.partial(_packed_forward_kernel, width=width, scale=scale)
+  channels = num_heads // head_shards(num_heads) * width
+
+  def run(arrays):
+    y = jax.ShapeDtypeStruct((*arrays["q"].shape[:-1], channels), qkv.dtype)
+    return call(kernel, arrays, {"y": y}, 2 * product_flops(dict(q=y, k=y)))
+
+  return on_each_device(run, dict(q=qkv), ["y"], num_heads)[0]
+
+
+def _packed_forward(qkv, num_heads, width, scale):
+  return packed_attention(qkv, num_heads, width, scale), qkv
+
+
+def _packed_backward(num_heads, width, scale, qkv, dy):
+  kernel = functools.partial(_packed_backward_kernel, width=width, scale=scale)
+
+  def run(arrays):
+    flops = 5 * product_flops(dict(q=arrays["dy"], k=arrays["dy"]))
+    return call(kernel, arrays, {"dq": like(arrays["q"])}, flops)
+
+  return on_each_device(run, dict(q=qkv, dy=dy), ["dq"], num_heads)
+
+
+packed_attention.defvjp(_packed_forward, _packed_backward)

@@ -60,6 +60,31 @@ def product_flops(arrays: Arrays) -> int:
   return 2 * math.prod(arrays["q"].shape) * arrays["k"].shape[2]
 
 
+def head_shards(num_heads: int) -> int:
+  """Returns over how many devices `on_each_device` splits the heads of an image."""
+  mesh = jax.sharding.get_abstract_mesh()
+  shards = mesh.shape.get("model", 1) if all(kind == AxisType.Auto for kind in mesh.axis_types) else 1
+  return shards if num_heads % shards == 0 else 1
+
+
+def pack(x: jax.Array, num_heads: int) -> jax.Array:
+  """Lays queries, keys and values side by side, (..., 3, C) to (..., n).
+
+  Each begins with a tile of lanes, and zeros fill its last one up. Where devices share the heads (`head_shards`), what
+  is one device's lies together.
+  """
+  x = x.reshape(*x.shape[:-1], head_shards(num_heads), -1).swapaxes(-3, -2)
+  x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % LANES)])
+  return x.reshape(*x.shape[:-3], -1)
+
+
+def unpack(x: jax.Array, dim: int, num_heads: int) -> jax.Array:
+  """Inverse of `pack`, (..., n) to (..., 3, dim)."""
+  shards = head_shards(num_heads)
+  x = x.reshape(*x.shape[:-1], shards, 3, -1)[..., : dim // shards]
+  return x.swapaxes(-3, -2).reshape(*x.shape[:-3], 3, dim)
+
+
 def call(
   kernel: Callable,
   arrays: Arrays,
@@ -126,7 +151,7 @@ def on_each_device(
     return tuple(function(arrays))
   axes = tuple(axis for axis in mesh.axis_names if axis != "model")
   images = axes if len(arrays["q"]) % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
-  heads = "model" if num_heads > 1 and num_heads % mesh.shape.get("model", 1) == 0 else None
+  heads = "model" if head_shards(num_heads) > 1 else None
 
   def split(name):
     if name in ("bias", "mask") or name.endswith("_for_all"):

@@ -23,9 +23,10 @@ import numpy as np
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import initial
-from vit_jax_ext.models.attention import attend, is_fused, platform, widest
+from vit_jax_ext.models.attention import attend, attend_packed, is_fused, platform, widest
 from vit_jax_ext.models.fused_depthwise import depthwise_conv
 from vit_jax_ext.models.fused_windows import Windows
+from vit_jax_ext.models.kernels import pack
 
 # timm's trunc_normal_(std=0.02) cuts at an absolute 2, a hundred standard deviations away: it is a plain normal.
 token_init = initial.normal(0.02)
@@ -301,8 +302,9 @@ def head_dim(dim: int, num_heads: int) -> int:
 class PackedQKV(Linear):
   """Projection to queries, keys and values, (..., C) to three of (..., C), packed in one kernel (C, 3 C).
 
-  On TPUs three products, or the result would have to be copied apart. Elsewhere one, or parts of the kernel are copied;
-  and one where devices share the heads of an image, or the gradient of x would be summed over the devices three times.
+  On TPUs three products, or the result would have to be copied apart, but one (`side_by_side`) for kernels that read all
+  three from its result. Elsewhere one, or parts of the kernel are copied; and one where devices share the heads of an
+  image, or the gradient of x would be summed over the devices three times.
   """
 
   def __init__(self, dim: int, **kw):
@@ -316,6 +318,11 @@ class PackedQKV(Linear):
     if platform() != "tpu" or jax.sharding.get_abstract_mesh().shape.get("model", 1) > 1:
       return [*jnp.moveaxis(add_bias(jnp.tensordot(x, kernel, 1), bias), -2, 0)]
     return [add_bias(x @ kernel[:, i], bias[i]) for i in range(3)]
+
+  def side_by_side(self, x: jax.Array, num_heads: int) -> jax.Array:
+    """Returns queries, keys and values in one array (..., n), as `kernels.pack` lays them."""
+    kernel, bias = (param[...].reshape(*param.shape[:-1], 3, -1) for param in (self.kernel, self.bias))
+    return add_bias(x.astype(self.dtype) @ pack(kernel.astype(self.dtype), num_heads), pack(bias, num_heads))
 
 
 class MultiHeadAttention(nnx.Module):
@@ -360,7 +367,11 @@ class Attention(MultiHeadAttention):
 
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
     """Returns the new tokens (B, N, C) and the attention maps before dropout (B, heads, N, N)."""
-    x, attn = self.attend(*self.qkv(x), rngs)
+    if self.is_fused(x, x, rngs):
+      qkv = self.qkv.side_by_side(x, self.num_heads)
+      x, attn = attend_packed(qkv, width=x.shape[-1] // self.num_heads, num_heads=self.num_heads, scale=self.scale)
+    else:
+      x, attn = self.attend(*self.qkv(x), rngs)
     return drop(self.proj_drop, self.proj(x), rngs), attn
 
 
