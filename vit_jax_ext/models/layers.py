@@ -302,8 +302,8 @@ def head_dim(dim: int, num_heads: int) -> int:
 class PackedQKV(Linear):
   """Projection to queries, keys and values, (..., C) to three of (..., C), packed in one kernel (C, 3 C).
 
-  On TPUs three products, or the result would have to be copied apart, but one (`side_by_side`) for kernels that read all
-  three from its result. Elsewhere one, or parts of the kernel are copied; and one where devices share the heads of an
+  For kernels that read all three from one array, `side_by_side`. Else three products on TPUs, or the result would have
+  to be copied apart. Elsewhere one, or parts of the kernel are copied; and one where devices share the heads of an
   image, or the gradient of x would be summed over the devices three times.
   """
 
