@@ -12,6 +12,7 @@ from tests.training.five_steps import five_steps, relative
 import vit_jax_ext as vx
 from vit_jax_ext.models import registry
 from vit_jax_ext.models.functional import split_model
+from vit_jax_ext.plan.kinds import open_target
 from vit_jax_ext.training import sharding
 from vit_jax_ext.training.experiment import Experiment
 from vit_jax_ext.training.partition import Layout
@@ -137,6 +138,30 @@ def test_what_the_mesh_does_not_divide_is_named_in_one_line():
   model = registry.abstract_model(dict(name="deepvit_16b", overrides=dict(depth=1)), 1000)
   remarks = Layout(model, sharding.make_mesh(MESHES["fsdp8"])).remarks()
   assert "blocks.0.attn.reatten_matrix.bias" in remarks and "heads" not in remarks
+
+
+@pytest.mark.parametrize(
+  ("devices", "slices", "fsdp", "model"),
+  [
+    ("v5e:4x4", 1, 1, 4),
+    ("v5e:4x4", 1, 2, 2),
+    ("v5p:4x4x8", 1, 2, 1),  # no subset of 4, 4, 8 multiplies to 2
+    ("v5p:4x4x8", 1, 16, 4),
+    ("v6e:16x16", 1, 64, 1),
+    ("v5e:4x4", 2, 4, 4),
+    ("v5p:2x2x2", 3, 8, 1),
+  ],
+)
+def test_meshes_of_pods(devices, slices, fsdp, model):
+  """Whatever divides the devices is a mesh; the model axis stays in a host, fsdp in a slice."""
+  pytest.importorskip("libtpu")
+  devices = open_target(devices, slices).devices
+  grid = sharding.make_mesh(dict(data=-1, fsdp=fsdp, model=model), devices).devices
+  assert {device.id for device in grid.flat} == {device.id for device in devices}
+  assert all(len({device.process_index for device in group}) == 1 for group in grid.reshape(-1, model))
+  assert all(len({getattr(d, "slice_index", 0) for d in group}) == 1 for group in grid.reshape(-1, fsdp * model))
+  with pytest.raises(vx.UserError, match="model=8 reaches over hosts of 4 devices; choose a divisor"):
+    sharding.make_mesh(dict(data=-1, fsdp=1, model=8), devices)
 
 
 def test_a_checkpoint_is_read_on_another_mesh_bit_for_bit(tiny_config, tmp_path):

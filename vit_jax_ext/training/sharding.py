@@ -9,6 +9,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+import numpy as np
 import psutil
 
 from vit_jax_ext.errors import UserError
@@ -46,16 +47,27 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   if data % slices:
     raise UserError(f"mesh data={data} does not divide over {slices} slices; choose a multiple of {slices}")
   # Laid out by its three axes, which follow the network's topology, and only then refined.
+  make_grid = functools.partial(mesh_utils.create_hybrid_device_mesh, devices=devices, allow_split_physical_axes=True)
   if slices > 1:
-    grid = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, model), (slices, 1, 1), devices)
+    grid = make_grid((data // slices, fsdp, model), (slices, 1, 1))
   else:
-    grid = jax.make_mesh(sizes, AXES, devices=devices).devices
-  grid = grid.reshape(data, *factors, model)
-  if any(len({device.process_index for device in group}) > 1 for group in grid.reshape(-1, model)):
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  per_host = sum(device.process_index == devices[0].process_index for device in devices)
+  if _leaves_hosts(grid) and per_host % model == 0:
+    # The network's order would have four devices of a host in two groups; theirs are the faster links.
+    here = math.gcd(fsdp, per_host // model)
+    if data % (rest := per_host // model // here) == 0:
+      grid = make_grid((rest, here, model), (data // rest, fsdp // here, 1), process_is_granule=True)
+  if _leaves_hosts(grid):
     # Such hosts would have to read the same images.
-    per_host = sum(device.process_index == devices[0].process_index for device in devices)
     raise UserError(f"mesh model={model} reaches over hosts of {per_host} devices; choose a divisor")
+  grid = grid.reshape(data, *factors, model)
   return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def _leaves_hosts(grid: np.ndarray) -> bool:
+  """Returns whether the model axis, the last one of a grid of devices, has devices of several hosts."""
+  return any(len({device.process_index for device in group}) > 1 for group in grid.reshape(-1, grid.shape[-1]))
 
 
 def _prime_factors(number: int) -> list[int]:
