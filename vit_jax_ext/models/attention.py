@@ -136,7 +136,7 @@ def attend_packed(qkv: jax.Array, *, width: int, num_heads: int, scale: float) -
     width: of a head.
     num_heads, scale: see `attend`.
   """
-  q, k, _ = jnp.moveaxis(unpack(qkv, num_heads * width, num_heads), -2, 0)
+  q, k, _ = jnp.split(unpack(qkv, num_heads * width, num_heads), 3, axis=-1)
   attn = softmax_attention(q, k, num_heads=num_heads, scale=scale)
   return packed_attention(qkv[:, None], num_heads, width, scale)[:, 0], attn
 

@@ -68,21 +68,21 @@ def head_shards(num_heads: int) -> int:
 
 
 def pack(x: jax.Array, num_heads: int) -> jax.Array:
-  """Lays queries, keys and values side by side, (..., 3, C) to (..., n).
+  """Lays queries, keys and values, (..., 3 C), as kernels read them from one array, (..., n).
 
   Each begins with a tile of lanes, and zeros fill its last one up. Where devices share the heads (`head_shards`), what
   is one device's lies together.
   """
-  x = x.reshape(*x.shape[:-1], head_shards(num_heads), -1).swapaxes(-3, -2)
+  x = x.reshape(*x.shape[:-1], 3, head_shards(num_heads), -1).swapaxes(-3, -2)
   x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % LANES)])
   return x.reshape(*x.shape[:-3], -1)
 
 
 def unpack(x: jax.Array, dim: int, num_heads: int) -> jax.Array:
-  """Inverse of `pack`, (..., n) to (..., 3, dim)."""
+  """Inverse of `pack`, (..., n) to (..., 3 * dim)."""
   shards = head_shards(num_heads)
   x = x.reshape(*x.shape[:-1], shards, 3, -1)[..., : dim // shards]
-  return x.swapaxes(-3, -2).reshape(*x.shape[:-3], 3, dim)
+  return x.swapaxes(-3, -2).reshape(*x.shape[:-3], 3 * dim)
 
 
 def call(

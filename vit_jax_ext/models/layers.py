@@ -321,8 +321,8 @@ class PackedQKV(Linear):
 
   def side_by_side(self, x: jax.Array, num_heads: int) -> jax.Array:
     """Returns queries, keys and values in one array (..., n), as `kernels.pack` lays them."""
-    kernel, bias = (param[...].reshape(*param.shape[:-1], 3, -1) for param in (self.kernel, self.bias))
-    return add_bias(x.astype(self.dtype) @ pack(kernel.astype(self.dtype), num_heads), pack(bias, num_heads))
+    packed = x.astype(self.dtype) @ pack(self.kernel[...].astype(self.dtype), num_heads)
+    return add_bias(packed, pack(self.bias[...], num_heads))
 
 
 class MultiHeadAttention(nnx.Module):
