@@ -25,6 +25,7 @@ from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import fused_clustering, layers
 from vit_jax_ext.models.attention import softmax_attention, split_heads, weigh, widest
 from vit_jax_ext.models.cswin import CSWin, CSWinBlock
+from vit_jax_ext.models.fused_windows import Windows, attend_windows
 from vit_jax_ext.models.layers import Linear, drop
 from vit_jax_ext.models.pyramid import Grid, LayerNorm
 from vit_jax_ext.models.swin import Swin, SwinBlock
@@ -208,8 +209,9 @@ class FeatureAttention(layers.MultiHeadAttention):
     if not self.levels:
       return self.attend(q, k, v, rngs)[0], jnp.zeros((batch, self.num_heads, tokens), int)
     size = tokens >> self.levels
-    overlap, pairs = min(self.options.overlap, size), (batch, -1, 2 * size, dim)
-    if fused := self.is_fused(*(x.reshape(pairs) for x in (q, k)), rngs):
+    overlap = min(self.options.overlap, size)
+    pairs = jax.ShapeDtypeStruct((batch, tokens // (2 * size), 2 * size, dim), q.dtype)
+    if fused := self.is_fused(pairs, pairs, rngs):
       order, place = fused_clustering.cluster_order(
         jax.lax.stop_gradient(q), self.num_heads, self.levels, self.options.iterations, SHARPNESS
       )
@@ -218,10 +220,9 @@ class FeatureAttention(layers.MultiHeadAttention):
       order, _ = balanced_clusters(heads, self.levels, self.options.iterations)
       place = jnp.argsort(order, axis=-1)
     arrays = permute([q, k, v], order, place, fused)
-    if fused:  # pairs as they lie in memory: less to move, though a quarter of a map or more is masked
-      mask = overlap_mask(size, overlap)
-      mask = jnp.broadcast_to(mask, (tokens // (2 * size), *mask.shape))
-      y, _ = self.attend(*(x.reshape(pairs) for x in arrays), rngs, mask=mask)
+    if fused:  # pairs as they lie in memory: nothing moves, though a quarter of a map or more is masked
+      pairs = Windows((tokens // (2 * size), 2 * size), (1, 2 * size))
+      y = attend_windows(*arrays, None, overlap_mask(size, overlap)[None], pairs, dim // self.num_heads, self.scale)
     else:
       q, *others = (x.reshape(batch, -1, size, dim) for x in arrays)
       y, _ = self.attend(q, *(add_overlap(x, overlap) for x in others), rngs)
