@@ -50,8 +50,10 @@ def test_attention_equals_numpy():
     assert y.shape == x.shape
 
 
-def test_gradients_in_bfloat16_are_summed_in_float32():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_gradients_in_bfloat16_are_summed_in_float32(platform, monkeypatch):
   """Of the biases above all: in bfloat16 a sum over many tokens stops growing, and they were 10% off."""
+  monkeypatch.setattr(layers, "platform", lambda: platform)
   tokens, dim = 512, 32
   rng = np.random.default_rng(0)
   x, g = (rng.standard_normal((64, tokens, dim)).astype(np.float32) + 0.3 for _ in range(2))
@@ -75,6 +77,23 @@ def test_gradients_in_bfloat16_are_summed_in_float32():
     for ours, exact in zip(gradient(layer, jnp.bfloat16), gradient(layer, jnp.float32), strict=True):
       assert ours.dtype == jnp.float32
       assert np.linalg.norm(ours - exact) < 5e-3 * np.linalg.norm(exact)
+
+
+def test_a_bias_is_the_same_on_tpus(monkeypatch):
+  """Bit for bit; its gradient, there a product, to the rounding of float32."""
+  rng, found = np.random.default_rng(0), {}
+  x, grad = (jnp.asarray(rng.standard_normal((3, 197, 5)), jnp.bfloat16) for _ in range(2))
+  bias = jnp.asarray(rng.standard_normal(5), jnp.float32)
+  for platform in ("cpu", "tpu"):
+    monkeypatch.setattr(layers, "platform", lambda platform=platform: platform)
+    y, back = jax.vjp(layers.add_bias, x, bias)
+    found[platform] = [y, *back(grad)]
+  for ours, others in zip(*(values[:2] for values in found.values()), strict=True):
+    assert ours.dtype == others.dtype
+    np.testing.assert_array_equal(ours, others)
+  for values in found.values():
+    assert values[2].dtype == jnp.float32
+    np.testing.assert_allclose(values[2], np.asarray(grad, float).sum((0, 1)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
