@@ -128,17 +128,16 @@ def attend(
   return function(q, k, v, bias, mask, num_heads, scale), attn
 
 
-def attend_packed(qkv: jax.Array, *, width: int, num_heads: int, scale: float) -> tuple[jax.Array, jax.Array]:
+def attend_packed(qkv: jax.Array, *, num_heads: int, scale: float) -> tuple[jax.Array, jax.Array]:
   """Does what `attend` does where `is_fused`, of whole images and without bias.
 
   Args:
-    qkv: queries, keys and values (B, tokens, n), as `kernels.pack` lays them.
-    width: of a head.
+    qkv: queries, keys and values (B, tokens, 3 C), as `kernels.pack` orders them, where `kernels.can_pack`.
     num_heads, scale: see `attend`.
   """
-  q, k, _ = jnp.split(unpack(qkv, num_heads * width, num_heads), 3, axis=-1)
+  q, k, _ = jnp.split(unpack(qkv, num_heads), 3, axis=-1)
   attn = softmax_attention(q, k, num_heads=num_heads, scale=scale)
-  return packed_attention(qkv[:, None], num_heads, width, scale)[:, 0], attn
+  return packed_attention(qkv[:, None], num_heads, q.shape[-1] // num_heads, scale)[:, 0], attn
 
 
 def is_fused(

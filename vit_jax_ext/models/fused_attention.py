@@ -139,7 +139,7 @@ fused_attention.defvjp(_forward, _backward)
 
 
 def _thirds(ref) -> list:
-  """Returns references to the queries, keys and values that `kernels.pack` has laid side by side."""
+  """Returns references to the queries, keys and values that `kernels.pack` has ordered side by side."""
   size = ref.shape[-1] // 3
   return [ref.at[..., pl.ds(i * size, size)] for i in range(3)]
 
@@ -149,11 +149,7 @@ def _packed_forward_kernel(qkv_ref, y_ref, *, width, scale):
 
 
 def _packed_backward_kernel(qkv_ref, dy_ref, dqkv_ref, *, width, scale):
-  channels, gradient_refs = dy_ref.shape[-1], _thirds(dqkv_ref)
-  for ref in gradient_refs:
-    if ref.shape[-1] > channels:  # what fills the last tile up has no gradient
-      ref[..., channels:] = jnp.zeros((*ref.shape[:-1], ref.shape[-1] - channels), ref.dtype)
-  _backward_kernel(*_thirds(qkv_ref), None, None, dy_ref, *gradient_refs, width=width, scale=scale)
+  _backward_kernel(*_thirds(qkv_ref), None, None, dy_ref, *_thirds(dqkv_ref), width=width, scale=scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -161,7 +157,7 @@ def packed_attention(qkv: jax.Array, num_heads: int, width: int, scale: float) -
   """Returns softmax(scale * q k^T) v by head, (images, 1, tokens, heads * width).
 
   Args:
-    qkv: (images, 1, tokens, n), q, k and v as `kernels.pack` lays them.
+    qkv: (images, 1, tokens, 3 * heads * width), q, k and v as `kernels.pack` orders them, where `kernels.can_pack`.
     num_heads, width: heads, and channels of one.
     scale: of the logits.
   """

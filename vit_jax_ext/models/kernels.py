@@ -67,22 +67,24 @@ def head_shards(num_heads: int) -> int:
   return shards if num_heads % shards == 0 else 1
 
 
+def can_pack(dim: int, num_heads: int) -> bool:
+  """Returns whether queries, keys and values of `dim` channels on each device begin with a tile of lanes if packed."""
+  return dim // head_shards(num_heads) % LANES == 0
+
+
 def pack(x: jax.Array, num_heads: int) -> jax.Array:
-  """Lays queries, keys and values, (..., 3 C), as kernels read them from one array, (..., n).
+  """Orders queries, keys and values side by side, (..., 3 C), as kernels read them from one array.
 
-  Each begins with a tile of lanes, and zeros fill its last one up. Where devices share the heads (`head_shards`), what
-  is one device's lies together.
+  Where devices share the heads (`head_shards`), what is one device's lies together.
   """
-  x = x.reshape(*x.shape[:-1], 3, head_shards(num_heads), -1).swapaxes(-3, -2)
-  x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % LANES)])
-  return x.reshape(*x.shape[:-3], -1)
+  parts = x.reshape(*x.shape[:-1], 3, head_shards(num_heads), -1)
+  return parts.swapaxes(-3, -2).reshape(x.shape)
 
 
-def unpack(x: jax.Array, dim: int, num_heads: int) -> jax.Array:
-  """Inverse of `pack`, (..., n) to (..., 3 * dim)."""
-  shards = head_shards(num_heads)
-  x = x.reshape(*x.shape[:-1], shards, 3, -1)[..., : dim // shards]
-  return x.swapaxes(-3, -2).reshape(*x.shape[:-3], 3 * dim)
+def unpack(x: jax.Array, num_heads: int) -> jax.Array:
+  """Inverse of `pack`."""
+  parts = x.reshape(*x.shape[:-1], head_shards(num_heads), 3, -1)
+  return parts.swapaxes(-3, -2).reshape(x.shape)
 
 
 def call(

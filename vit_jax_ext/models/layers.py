@@ -26,7 +26,7 @@ from vit_jax_ext.models import initial
 from vit_jax_ext.models.attention import attend, attend_packed, is_fused, platform, widest
 from vit_jax_ext.models.fused_depthwise import depthwise_conv
 from vit_jax_ext.models.fused_windows import Windows
-from vit_jax_ext.models.kernels import pack
+from vit_jax_ext.models.kernels import can_pack, pack
 
 # timm's trunc_normal_(std=0.02) cuts at an absolute 2, a hundred standard deviations away: it is a plain normal.
 token_init = initial.normal(0.02)
@@ -338,7 +338,7 @@ class PackedQKV(Linear):
     return [add_bias(x @ kernel[:, i], bias[i]) for i in range(3)]
 
   def side_by_side(self, x: jax.Array, num_heads: int) -> jax.Array:
-    """Returns queries, keys and values in one array (..., n), as `kernels.pack` lays them."""
+    """Returns queries, keys and values in one array (..., 3 C), as `kernels.pack` orders them."""
     packed = x.astype(self.dtype) @ pack(self.kernel[...].astype(self.dtype), num_heads)
     return add_bias(packed, pack(self.bias[...], num_heads))
 
@@ -385,9 +385,9 @@ class Attention(MultiHeadAttention):
 
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
     """Returns the new tokens (B, N, C) and the attention maps before dropout (B, heads, N, N)."""
-    if self.is_fused(x, x, rngs):
+    if self.is_fused(x, x, rngs) and can_pack(x.shape[-1], self.num_heads):
       qkv = self.qkv.side_by_side(x, self.num_heads)
-      x, attn = attend_packed(qkv, width=x.shape[-1] // self.num_heads, num_heads=self.num_heads, scale=self.scale)
+      x, attn = attend_packed(qkv, num_heads=self.num_heads, scale=self.scale)
     else:
       x, attn = self.attend(*self.qkv(x), rngs)
     return drop(self.proj_drop, self.proj(x), rngs), attn
