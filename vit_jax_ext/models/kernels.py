@@ -68,7 +68,7 @@ def head_shards(num_heads: int) -> int:
 
 
 def can_pack(dim: int, num_heads: int) -> bool:
-  """Returns whether queries, keys and values of `dim` channels on each device begin with a tile of lanes if packed."""
+  """Returns whether a device's share of `dim` channels fills tiles of lanes, which packed q, k, v begin with."""
   return dim // head_shards(num_heads) % LANES == 0
 
 

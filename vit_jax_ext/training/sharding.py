@@ -54,10 +54,10 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
   per_host = sum(device.process_index == devices[0].process_index for device in devices)
   if _leaves_hosts(grid) and per_host % model == 0:
-    # The network's order would have four devices of a host in two groups; theirs are the faster links.
+    # The torus' order puts a host's devices into several groups; hosts come first then, each with whole groups.
     here = math.gcd(fsdp, per_host // model)
-    if data % (rest := per_host // model // here) == 0:
-      grid = make_grid((rest, here, model), (data // rest, fsdp // here, 1), process_is_granule=True)
+    rest = per_host // model // here  # divides data, as data * fsdp are the groups of all hosts
+    grid = make_grid((rest, here, model), (data // rest, fsdp // here, 1), process_is_granule=True)
   if _leaves_hosts(grid):
     # Such hosts would have to read the same images.
     raise UserError(f"mesh model={model} reaches over hosts of {per_host} devices; choose a divisor")
