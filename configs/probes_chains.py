@@ -13,9 +13,15 @@ STUDY = VARIANTS = {
   "vit,8": "ViT, 8 blocks",
   "deepvit,8": "DeepViT, 8 blocks",
 }
+WITHOUT = {
+  "without re-attention": {"reattention_blocks": ()},
+  "without norm": {"reattention_norm": "none"},
+  "layer norm": {"reattention_norm": "layer"},
+}
 PROBE = {
   "learning_rates": (2e-3, 4e-3),
   "claims": (("deepvit,4", "vit,4"), ("deepvit,8", "vit,8")),
+  "ablations": {"deepvit,4": WITHOUT, "deepvit,8": WITHOUT},
 }
 WIDTHS = {"4": 64, "8": 44}
 

@@ -15,7 +15,11 @@ STUDY = {
   "pairwise": "CrossViT, pairwise",
   "cross_attention": "CrossViT, cross-attention",
 }
-PROBE = {"learning_rates": (2e-3, 4e-3), "claims": (("cross_attention", "vit"), ("cross_attention", "none"))}
+PROBE = {
+  "learning_rates": (2e-3, 4e-3),
+  "claims": (("cross_attention", "vit"), ("cross_attention", "none")),
+  "ablations": {"cross_attention": {"without fusion": {"fusion": "none"}}},
+}
 CROSSVIT = dict(patch_size=(4, 8), embed_dim=(12, 48), num_heads=(4, 4), depth=((1, 2),))
 VARIANTS = {
   "vit": dict(patch_size=8, embed_dim=48, num_heads=4, depth=4, mlp_ratio=2),

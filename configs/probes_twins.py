@@ -9,7 +9,12 @@ parameters and their multiply-adds.
 from configs import probes
 
 STUDY = {"swin": "Swin", "boat_swin": "BOAT-Swin", "cswin": "CSWin", "boat_cswin": "BOAT-CSWin"}
-PROBE = {"learning_rates": (1e-3, 2e-3), "claims": (("boat_swin", "swin"), ("boat_cswin", "cswin"))}
+WITHOUT_FSLA = {"without feature-space attention": {"local_attention": "image"}}
+PROBE = {
+  "learning_rates": (1e-3, 2e-3),
+  "claims": (("boat_swin", "swin"), ("boat_cswin", "cswin")),
+  "ablations": {"boat_swin": WITHOUT_FSLA, "boat_cswin": WITHOUT_FSLA},
+}
 # Stages of 4x4 and 2x2 tokens, a tile each in the first one, windows of 2x2. CSWin begins with 8x8.
 SWIN = dict(patch_size=8, embed_dim=32, depths=(4, 1), num_heads=(4, 8), window_size=2)
 CSWIN = dict(embed_dim=16, num_heads=(2, 4, 8), split_size=(2, 1, 2))

@@ -84,8 +84,9 @@ def read_study(spec: str) -> tuple[str, dict[str, str]]:
 def read_probe(spec: str) -> Mapping[str, Any] | None:
   """Returns what a study that is a probe has beside its STUDY, its PROBE; None if it is none.
 
-  That is `learning_rates`, from which each model takes the one that is best on validation data, and `claims`, pairs of
-  arguments: a model and its baseline.
+  That is `learning_rates`, from which each model takes the one that is best on validation data; `claims`, pairs of
+  arguments: a model and its baseline; and optionally `ablations`, argument of a model -> label -> the values of
+  `config.model.overrides` that it has then.
   """
   return getattr(_load_module(spec.partition(":")[0]), "PROBE", None)
 

@@ -1,6 +1,7 @@
 """Probes' studies: what they choose, test, say and refuse; their configs cost the same."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,11 @@ FILE = '''"""Is a second block worth it?"""
 from configs import probes
 
 STUDY = {"1": "one block", "2": "two blocks"}
-PROBE = {"learning_rates": (1e-3, 3e-3), "claims": (("2", "1"),)}
+PROBE = {
+  "learning_rates": (1e-3, 3e-3),
+  "claims": (("2", "1"),),
+  "ablations": {"2": {"wider heads": {"num_heads": 1}}, "1": {"never": {"num_heads": 1}}},
+}
 
 
 def get_config(argument):
@@ -132,6 +137,33 @@ def test_stopped_it_goes_on_to_the_same_table(argv, output, monkeypatch, tmp_pat
     assert read(tmp_path, name) == read(output, name)
 
 
+def test_ablations_follow_where_a_claim_is_supported(argv, output, monkeypatch, tmp_path):
+  """Of the claim's model alone: trained and tested as the others, beside it in tables of their own, once."""
+  assert not [path for path in (output / "studies").rglob("*") if "ablations" in path.name or "wider" in path.name]
+  folder = tmp_path / "output"
+  shutil.copytree(output, folder)
+  monkeypatch.setattr(statistics, "_verdict", lambda *args: "supported")
+  assert execute(*argv, "--seeds=2", f"--output={folder}") == 0
+  assert read(folder)["rows"] == read(output)["rows"]
+  labels = ["two blocks", "two blocks, wider heads"]
+  table, verdicts = read(folder, "tiny_ablations"), read(folder, "tiny_ablations_verdicts")
+  assert [row[0] for row in table["rows"]] == labels and table["rows"][0] == read(output)["rows"][1]
+  assert {row[0] for row in verdicts["rows"]} == {f"{labels[0]} above {labels[1]}"}
+  runs = folder / "studies" / "tiny" / "2_wider_heads"
+  for level, row in zip("123", verdicts["rows"], strict=True):
+    found = [[json.loads((path / f"seed_{seed}" / "levels.json").read_text())[level] for seed in (0, 1)]
+             for path in (runs.with_name("2"), runs)]  # fmt: skip
+    assert float(row[2]) == pytest.approx(100 * np.mean(np.subtract(*found)), abs=0.051)
+  config = json.loads((runs / "seed_1" / "config.json").read_text())
+  assert config["model"]["overrides"]["num_heads"] == 1 and config["model"]["overrides"]["depth"] == 2
+  assert config["optimizer"]["learning_rate"] == table["rows"][1][1]
+  assert "What the ablations say" in (folder / "report.html").read_text()
+  monkeypatch.setattr(running, "train", lambda *args: pytest.fail("trained again"))
+  monkeypatch.setattr(probe, "evaluate_weights", lambda *args: pytest.fail("tested again"))
+  assert execute(*argv, "--seeds=2", f"--output={folder}") == 0
+  assert (table, verdicts) == (read(folder, "tiny_ablations"), read(folder, "tiny_ablations_verdicts"))
+
+
 @pytest.mark.parametrize(
   ("args", "words"),
   [
@@ -169,6 +201,21 @@ def test_claims_are_about_models_of_the_study(name):
   assert {argument for claim in about["claims"] for argument in claim} <= set(labels)
   assert about["claims"] and len(about["learning_rates"]) >= 2
   assert configs.load_config(f"{studies.PROBES[name]}:{next(iter(labels))}").dataset.name == f"probes/{name}"
+
+
+@pytest.mark.parametrize("name", studies.PROBES)
+def test_ablations_take_away(name):
+  """Every model of a claim has some, each with other values, none dearer."""
+  about = configs.read_probe(studies.PROBES[name])
+  assert {model for model, _ in about["claims"]} == set(about["ablations"])
+  for argument, ablations in about["ablations"].items():
+    config = configs.load_config(f"{studies.PROBES[name]}:{argument}")
+    usual = config.model.overrides.to_dict()
+    whole = cost.model_cost(config.model.name, num_classes=4, **usual)
+    for values in ablations.values():
+      assert values.items() - usual.items()
+      params, adds = cost.model_cost(config.model.name, num_classes=4, **usual | values)
+      assert params <= whole[0] and adds <= whole[1]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ NAME is fusion, depth, boat; a probe: scales, twins or chains; or a config file 
 The models' runs are made in DIR/studies, and DIR/report.html is written anew after each of them. Started again, the
 command continues; with more seeds it trains those that are missing. Where the models have attention maps, it also
 measures and draws how alike those are, as analyze does. A probe chooses each model's learning rate, tests it on every
-difficulty, and says which claims that supports.
+difficulty, says which claims that supports, and trains ablations of their models.
 """
 
 import argparse

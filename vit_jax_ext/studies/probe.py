@@ -1,10 +1,11 @@
 """A study that is a probe: learning rates chosen on validation data, accuracy against difficulty, and verdicts.
 
 Each model is trained once from each learning rate, with a seed of its own; the one that is best on validation data is
-that of all its seeds. A trained model is tested on each difficulty, on images that nothing was chosen by.
+that of all its seeds. A trained model is tested on each difficulty, on images that nothing was chosen by. Where a claim
+is supported, the model is trained once more without what it claims something of: its ablations.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
 import os
@@ -87,10 +88,18 @@ class ProbeCell(Cell):
 
 @dataclasses.dataclass
 class ProbeStudy(Study):
-  """A probe; `claims` are pairs of indices of cells, a model and its baseline."""
+  """A probe.
+
+  Attributes:
+    claims: pairs of indices of cells, a model and its baseline.
+    read_ablations: index of a model -> label -> its ablation, with what its runs have left.
+    ablated: label -> index of the model, of the ablations, whose cells follow the others'.
+  """
 
   probe: str
   claims: Sequence[tuple[int, int]]
+  read_ablations: Callable[[int], Mapping[str, ProbeCell]]
+  ablated: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def status(self) -> str:
     searches = sum(len(cell.searches) for cell in self.cells)
@@ -98,61 +107,80 @@ class ProbeStudy(Study):
     missing = sum(len(cell.missing()) for cell in self.cells)
     return f" Not finished: {runs - missing} of {runs} runs are in, {searches} of them searches." if missing else ""
 
+  def follow_up(self) -> None:
+    """Adds the ablations of each model with a claim that is supported at some level."""
+    supported = {claim[0] for claim, _, result in self._compare(self.claims) if result.verdict == statistics.SUPPORTED}
+    for model in sorted(supported - {*self.ablated.values()}):
+      for label, cell in self.read_ablations(model).items():
+        self.ablated[label] = model
+        self.labels.append(label)
+        self.cells.append(cell)
+
   def write(self, output: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Writes the table of what is finished, that of the verdicts, curves with samples below, and the page.
+    """Writes the tables of what is finished and of the verdicts, of ablations too, curves with samples below, the page.
 
     When all is finished, also what the models of the first seed look at.
     """
-    tables = {self.name: self._accuracy_table()}
-    if rows := self._verdicts():
-      tables[f"{self.name}_verdicts"] = {
-        "title": "What that says of the claims",
-        "text": "Of the same seeds, paired t-tests, corrected for their number by Holm's rule at 5%; effect size: mean "
-        "difference by its standard deviation. Supported or contradicted: the corrected p is below 5%.",
-        "columns": ["claim", PROBES[self.probe].turned_by, "difference, points", "95% interval", "effect size",
-                    "corrected p", "verdict"],
-        "rows": rows,
-      }  # fmt: skip
+    rest = len(self.cells) - len(self.ablated)
+    models = dict(zip(self.labels[:rest], self.cells[:rest], strict=True))
+    tables = {
+      self.name: self._accuracy_table(range(rest), self.title, self.text + self.status()),
+      f"{self.name}_verdicts": self._verdict_table(self.claims, "What that says of the claims"),
+    }
+    if self.ablated:
+      text = "What is left of models whose claim is supported without what it is about."
+      places = [*sorted({*self.ablated.values()}), *range(rest, len(self.cells))]
+      pairs = [(model, rest + i) for i, model in enumerate(self.ablated.values())]
+      tables[f"{self.name}_ablations"] = self._accuracy_table(places, "Ablations", text)
+      tables[f"{self.name}_ablations_verdicts"] = self._verdict_table(pairs, "What the ablations say")
+    tables = {name: table for name, table in tables.items() if table["rows"]}
     folder = os.path.join(output, report.STUDIES)
     paths = [write_json(folder, f"{name}.json", table) for name, table in tables.items()]
-    curves = {label: cell.accuracies() for label, cell in zip(self.labels, self.cells, strict=True)}
+    curves = {label: cell.accuracies() for label, cell in models.items()}
     paths.append(save(folder, f"{self.name}.png", figures.accuracy_against_difficulty(self.probe, curves)))
     if not self.status():
-      first = {label: cell.runs[0].workdir for label, cell in zip(self.labels, self.cells, strict=True)}
-      looks = mechanisms.draw(self.probe, first)
+      looks = mechanisms.draw(self.probe, {label: cell.runs[0].workdir for label, cell in models.items()})
       paths += [save(folder, f"{self.name}.{what}.png", figure) for what, figure in looks.items()]
     return [*tables.values()], [*paths, report.write(output)]
 
-  def _accuracy_table(self) -> dict[str, Any]:
-    probe = PROBES[self.probe]
+  def _accuracy_table(self, places: Sequence[int], title: str, text: str) -> dict[str, Any]:
     rows = []
-    for label, cell in zip(self.labels, self.cells, strict=True):
+    for label, cell in ((self.labels[i], self.cells[i]) for i in places):
       costs = [float(f"{count:.3g}") for count in (cell.params / 1e3, cell.multiply_adds / 1e6)]
       rows.append([label, cell.rate(), *costs, *map(mean_and_interval, cell.accuracies().values())])
-    return {
-      "title": self.title,
-      "text": self.text + self.status(),
-      "columns": ["model", "learning rate", "parameters, K", "multiply-adds, M", *(f"{x}, %" for x in probe.levels)],
-      "rows": rows,
-    }
+    levels = (f"{level}, %" for level in PROBES[self.probe].levels)
+    columns = ["model", "learning rate", "parameters, K", "multiply-adds, M", *levels]
+    return {"title": title, "text": text, "columns": columns, "rows": rows}
 
-  def _verdicts(self) -> list[list[Any]]:
-    """Returns a row for each claim and level, of the seeds that both models have; none before there is one."""
+  def _verdict_table(self, claims: Sequence[tuple[int, int]], title: str) -> dict[str, Any]:
+    rows = []
+    for (model, baseline), level, result in self._compare(claims):
+      claim = f"{self.labels[model]} above {self.labels[baseline]}"
+      interval = "none" if result.interval is None else "{:+.1f} to {:+.1f}".format(*result.interval)
+      effect, p = ("" if value is None else f"{value:.2g}" for value in (result.effect, result.p))
+      rows.append([claim, level, f"{result.difference:+.1f}", interval, effect, p, result.verdict])
+    return {
+      "title": title,
+      "text": "Of the same seeds, paired t-tests, corrected for their number by Holm's rule at 5%; effect size: mean "
+      "difference by its standard deviation. Supported or contradicted: the corrected p is below 5%.",
+      "columns": ["claim", PROBES[self.probe].turned_by, "difference, points", "95% interval", "effect size",
+                  "corrected p", "verdict"],
+      "rows": rows,
+    }  # fmt: skip
+
+  def _compare(self, claims: Sequence[tuple[int, int]]) -> list[tuple[tuple[int, int], str, statistics.Comparison]]:
+    """Returns claim, level and what came out, of the seeds that both models have; none before there is one."""
     found = []
-    for model, baseline in self.claims:
+    for model, baseline in claims:
       pairs = zip(self.cells[model].runs, self.cells[baseline].runs, strict=True)
       both = [(a.levels, b.levels) for a, b in pairs if a.levels and b.levels]
       for level in self.cells[model].levels:
         values = [[100 * levels[level] for levels in side] for side in zip(*both, strict=True)]
-        found.append((f"{self.labels[model]} above {self.labels[baseline]}", level, values))
+        found.append(((model, baseline), level, values))
     if not all(values for *_, values in found):
       return []
-    rows = []
-    for (claim, level, _), result in zip(found, statistics.compare([values for *_, values in found]), strict=True):
-      interval = "none" if result.interval is None else "{:+.1f} to {:+.1f}".format(*result.interval)
-      effect, p = ("" if value is None else f"{value:.2g}" for value in (result.effect, result.p))
-      rows.append([claim, level, f"{result.difference:+.1f}", interval, effect, p, result.verdict])
-    return rows
+    results = statistics.compare([values for *_, values in found])
+    return [(claim, level, result) for (claim, level, _), result in zip(found, results, strict=True)]
 
 
 def mean_and_interval(values: Sequence[float]) -> str | None:
@@ -175,28 +203,44 @@ def read_probe(
   (title, labels), probe = configs.read_study(spec), configs.read_probe(spec)
   if any(override.startswith("optimizer.learning_rate=") for override in overrides):
     raise UserError(f"study {name} chooses config.optimizer.learning_rate itself; leave it out")
-  cells, dataset = [], None
-  for argument, label in labels.items():
+  cells, arguments, dataset = [], [*labels], None
+
+  def read(argument: str, config: ml_collections.ConfigDict, label: str, kind: str = "") -> ProbeCell:
+    path = os.path.join(folder, f"{argument}{kind}".replace(",", "_").replace(" ", "_"))
+    return _read_cell(f"{name}, {label}", config, probe["learning_rates"], dataset, seeds, path)
+
+  def load(argument: str, **model: Any) -> ml_collections.ConfigDict:
     config = configs.load_config(f"{spec}:{argument}")
+    config.model.overrides.update(model)
     configs.override(config, overrides)
     config.optimizer.learning_rate = probe["learning_rates"][0]
     configs.check(config)
+    return config
+
+  def read_ablations(model: int) -> dict[str, ProbeCell]:
+    argument, label = arguments[model], labels[arguments[model]]
+    found = probe.get("ablations", {}).get(argument, {})
+    return {
+      f"{label}, {kind}": read(argument, load(argument, **values), f"{label}, {kind}", f"_{kind}")
+      for kind, values in found.items()
+    }
+
+  for argument, label in labels.items():
+    config = load(argument)
     room, _, dataset = config.dataset.name.partition("/")
     if room != "probes" or dataset not in PROBES:
       raise UserError(
         f"study {name} cannot learn dataset {config.dataset.name!r}; give one of probes/{', '.join(PROBES)}"
       )
-    cells.append(_read_cell(f"{name}, {label}", config, probe["learning_rates"], dataset, seeds,
-                            os.path.join(folder, argument.replace(",", "_"))))  # fmt: skip
-  number = [*labels]
-  claims = [(number.index(model), number.index(baseline)) for model, baseline in probe["claims"]]
+    cells.append(read(argument, config, label))
+  claims = [(arguments.index(model), arguments.index(baseline)) for model, baseline in probe["claims"]]
   text = (
     f"{config.dataset.name}, {cells[0].total_steps} steps of {config.batch_size} images; learning rate, of "
     f"{', '.join(map(str, probe['learning_rates']))}, by validation; top-1 by {PROBES[dataset].turned_by}, chance "
     f"{100 / len(PROBES[dataset].class_names):.0f}%; "
     + (f"mean and 95% interval over {seeds} seeds." if seeds > 1 else "one seed: no interval.")
   )
-  return ProbeStudy(name, title, text, [*labels.values()], cells, thresholds, dataset, claims)
+  return ProbeStudy(name, title, text, [*labels.values()], cells, thresholds, dataset, claims, read_ablations)
 
 
 def _read_cell(

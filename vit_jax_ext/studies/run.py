@@ -55,6 +55,9 @@ def run_studies(
     each.write(output)
   compilation_cache.use(studies[0].cells[0].runs[0].config)
   _train(studies, output)
+  for each in studies:
+    each.follow_up()
+  _train(studies, output)
   written = [each.write(output) for each in studies]
   paths = dict.fromkeys(path for _, files in written for path in files)
   return [table for tables, _ in written for table in tables], [*paths]

@@ -10,6 +10,7 @@ import scipy.stats
 LEVEL = 0.05  # of significance, and 1 - LEVEL of the intervals
 POWER = 0.8
 MOST_SEEDS = 1000  # that `seeds_needed` tries
+SUPPORTED = "supported"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -99,7 +100,7 @@ def _verdict(effect: float | None, p: float | None, seeds: int, level: float) ->
   if p is None:
     return "not decided: one seed gives no interval"
   if p < LEVEL:
-    return "supported" if effect > 0 else "contradicted"
+    return SUPPORTED if effect > 0 else "contradicted"
   needed = seeds_needed(effect, level)
   if needed is None:
     return f"not decided with {seeds} seeds, nor would be with {MOST_SEEDS:,} if the difference is as small as it looks"

