@@ -83,6 +83,24 @@ def test_relative_positions_are_told_apart():
   assert sorted(value for values in offsets.values() for value in values) == list(range(15))
 
 
+def test_patches_merge_alike_on_tpus(monkeypatch):
+  """Values and gradients of a convolution with the norm inside, and of what the authors write."""
+  with jax.enable_x64(True):
+    merging = swin.PatchMerging(5, (4, 6), dtype=jnp.float64, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(merging, nnx.Param)
+    rng, found = np.random.default_rng(0), []
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0.5, 1, x.shape)), params)
+    x, grad = jnp.asarray(rng.normal(3, 2, (2, 24, 5))), jnp.asarray(rng.standard_normal((2, 6, 10)))
+    for platform in ("cpu", "tpu"):
+      monkeypatch.setattr(layers, "platform", lambda platform=platform: platform)
+      y, back = jax.vjp(lambda params, x: nnx.merge(graphdef, params)(x), params, x)
+      assert ("conv" in str(jax.make_jaxpr(back)(grad))) == (platform == "tpu")
+      found.append([y, *jax.tree.leaves(back(grad))])
+    assert len(found[0]) == 5
+    for ours, others in zip(*found, strict=True):
+      np.testing.assert_allclose(ours, others, rtol=1e-9, atol=1e-9)
+
+
 def test_features_of_every_stage_and_rectangular_images(random_model):
   model = random_model("swin_tiny", **SMALL | {"image_size": (32, 48), "num_classes": 0})
   features, out = forward(model, images(3, 32, 48))
