@@ -162,6 +162,9 @@ def test_ablations_follow_where_a_claim_is_supported(argv, output, monkeypatch, 
   monkeypatch.setattr(probe, "evaluate_weights", lambda *args: pytest.fail("tested again"))
   assert execute(*argv, "--seeds=2", f"--output={folder}") == 0
   assert (table, verdicts) == (read(folder, "tiny_ablations"), read(folder, "tiny_ablations_verdicts"))
+  monkeypatch.setattr(statistics, "_verdict", lambda *args: "not decided")  # as more seeds may say
+  assert execute(*argv, "--seeds=2", f"--output={folder}") == 0
+  assert not [*(folder / "studies").glob("*_ablations*")] and "ablations" not in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
 import os
+import pathlib
 import statistics as means
 from typing import Any
 
@@ -108,7 +109,9 @@ class ProbeStudy(Study):
     return f" Not finished: {runs - missing} of {runs} runs are in, {searches} of them searches." if missing else ""
 
   def follow_up(self) -> None:
-    """Adds the ablations of each model with a claim that is supported at some level."""
+    """Adds the ablations of each model with a claim that is supported at some level, once all runs are there."""
+    if self.status():
+      return
     supported = {claim[0] for claim, _, result in self._compare(self.claims) if result.verdict == statistics.SUPPORTED}
     for model in sorted(supported - {*self.ablated.values()}):
       for label, cell in self.read_ablations(model).items():
@@ -135,6 +138,8 @@ class ProbeStudy(Study):
       tables[f"{self.name}_ablations_verdicts"] = self._verdict_table(pairs, "What the ablations say")
     tables = {name: table for name, table in tables.items() if table["rows"]}
     folder = os.path.join(output, report.STUDIES)
+    for name in {f"{self.name}_ablations", f"{self.name}_ablations_verdicts"} - tables.keys():
+      pathlib.Path(folder, f"{name}.json").unlink(missing_ok=True)  # from when fewer seeds supported a claim
     paths = [write_json(folder, f"{name}.json", table) for name, table in tables.items()]
     curves = {label: cell.accuracies() for label, cell in models.items()}
     paths.append(save(folder, f"{self.name}.png", figures.accuracy_against_difficulty(self.probe, curves)))
@@ -240,7 +245,9 @@ def read_probe(
     f"{100 / len(PROBES[dataset].class_names):.0f}%; "
     + (f"mean and 95% interval over {seeds} seeds." if seeds > 1 else "one seed: no interval.")
   )
-  return ProbeStudy(name, title, text, [*labels.values()], cells, thresholds, dataset, claims, read_ablations)
+  study = ProbeStudy(name, title, text, [*labels.values()], cells, thresholds, dataset, claims, read_ablations)
+  study.follow_up()
+  return study
 
 
 def _read_cell(
