@@ -32,7 +32,7 @@ VARIANTS = {
 
 def get_config(cell: str = "cross_attention"):
   """Returns the config of one cell."""
-  config = probes.recipe("scales", 1500)
+  config = probes.recipe("scales", 500)
   config.model.name = "vit_16b" if cell == "vit" else "crossvit_tiny_224"
   config.model.overrides.update(VARIANTS[cell])
   if cell != "vit":
