@@ -29,7 +29,7 @@ VARIANTS = {
 
 def get_config(cell: str = "boat_swin"):
   """Returns the config of one cell."""
-  config = probes.recipe("twins", 2000)
+  config = probes.recipe("twins", 3000)
   config.model.name = f"{cell}_tiny"
   config.model.overrides.update(VARIANTS[cell])
   return config
