@@ -82,7 +82,7 @@ def test_parts_of_crossvit_and_cswin_add_up():
     ("crossvit_9_dagger_224", dict(depth=((1, 1),), fusion="all_attention")),
     ("boat_cswin_tiny", dict(depth=(1, 1), num_heads=(2, 2), split_size=(1, 7))),
   ):
-    model = registry.abstract_model({"name": name, "overrides": small}, 1000)
+    model = registry.abstract_model({"name": name, "overrides": small | {"attention": "reference"}}, 1000)
     graphdef, state = nnx.split(model)
     images = jax.ShapeDtypeStruct((1, *model.image_size, 3), "float32")
     total = cost.multiply_adds(lambda state, x, g=graphdef: nnx.merge(g, state)(x)[0], state, images)
@@ -90,6 +90,15 @@ def test_parts_of_crossvit_and_cswin_add_up():
     assert sum(counted.values()) == total
     assert {"fusion of branches" if "cross" in name else "merging of patches", "MLP"} <= counted.keys()
   assert Mlp.__call__.__qualname__ == "Mlp.__call__" and not hasattr(Mlp.__call__, "__wrapped__")
+
+
+def test_costs_are_those_of_the_authors_form():
+  """However the model computes it."""
+  small = dict(depth=((1, 1),))
+  assert cost.model_cost("crossvit_tiny_224", **small) == cost.model_cost(
+    "crossvit_tiny_224", **small, attention="reference"
+  )
+  assert parts("crossvit_tiny_224", **small) == parts("crossvit_tiny_224", **small, attention="reference")
 
 
 def test_growth():

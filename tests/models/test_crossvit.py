@@ -100,6 +100,30 @@ def test_cross_attention_costs_grow_linearly_with_tokens():
     assert fusion_cost(size) - fusion_cost(48) == expected
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_one_query_needs_no_keys_and_values_of_all_tokens(rate, x64):
+  """Values, maps and gradients are those of attention that has them, also with dropout of weights."""
+  kw = dict(dtype=jnp.float64, param_dtype=jnp.float64)
+  graphdef, params = nnx.split(crossvit.CrossAttention(24, 3, rate, 0.0, rngs=nnx.Rngs(0), **kw))
+  leaves, tree = jax.tree.flatten(params)
+  x, dy, dmaps, *leaves = (
+    jnp.asarray(np.random.default_rng(0).standard_normal(shape))
+    for shape in ((2, 11, 24), (2, 1, 24), (2, 3, 1, 11), *(leaf.shape for leaf in leaves))
+  )
+
+  def values(implementation):
+    def call(leaves, x):
+      module = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
+      module.implementation = implementation
+      return module(x, nnx.Rngs(1))
+
+    y, back = jax.vjp(call, leaves, x)
+    return y, back((dy, dmaps))
+
+  for a, b in zip(*(jax.tree.leaves(values(name)) for name in ("auto", "reference")), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-12)
+
+
 def test_no_heads_gives_pooled_features(tiny):
   features, out = forward(tiny(num_classes=0), images(2, 24, 24, 3))
   np.testing.assert_array_equal(features, jnp.concatenate([out["pre_logits.0"], out["pre_logits.1"]], axis=-1))

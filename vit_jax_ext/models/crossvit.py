@@ -16,6 +16,7 @@ import numpy as np
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers
+from vit_jax_ext.models.attention import split_heads, widest
 from vit_jax_ext.models.layers import Attention, Block, Conv, LayerNorm, Linear, Sequential, drop
 
 Intermediates = dict[str, jax.Array]
@@ -55,7 +56,12 @@ class ConvPatchEmbed(nnx.Module):
 
 
 class CrossAttention(layers.MultiHeadAttention):
-  """Attention of the first token, the only query, over all tokens: linear in their number (equation 4)."""
+  """Attention of the first token, the only query, over all tokens: linear in their number (equation 4).
+
+  A single query needs no keys and values of all tokens, two products of (N, C) with (C, C). It goes back through `wk`
+  to meet the tokens as they are, and what it gathers of them goes through `wv`. So "auto" does; other implementations
+  have keys and values.
+  """
 
   def __init__(self, dim: int, num_heads: int, attn_drop_rate: float, proj_drop_rate: float, **kw):
     super().__init__(dim, num_heads, attn_drop_rate, proj_drop_rate)
@@ -66,8 +72,25 @@ class CrossAttention(layers.MultiHeadAttention):
 
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, jax.Array]:
     """Returns the new first token (B, 1, C) and its attention (B, heads, 1, N)."""
-    x, attn = self.attend(self.wq(x[:, :1]), self.wk(x), self.wv(x), rngs)
-    return drop(self.proj_drop, self.proj(x), rngs), attn
+    if self.implementation == "auto":
+      y, attn = self._attend_to_tokens(x, rngs)
+    else:
+      y, attn = self.attend(self.wq(x[:, :1]), self.wk(x), self.wv(x), rngs)
+    return drop(self.proj_drop, self.proj(y), rngs), attn
+
+  def _attend_to_tokens(self, x: jax.Array, rngs: nnx.Rngs | None) -> tuple[jax.Array, jax.Array]:
+    dtype, wide = x.dtype, widest(x.dtype)
+    wk, wv = (split_heads(layer.kernel[...].astype(dtype), self.num_heads) for layer in (self.wk, self.wv))
+    query = jnp.einsum("bqhd,chd->bhqc", split_heads(self.wq(x[:, :1]), self.num_heads), wk)
+    # The bias of wk would add the same to all logits of a head, which the softmax drops.
+    logits = jnp.einsum("bhqc,bkc->bhqk", query, x, preferred_element_type=wide) * self.scale
+    attn = jax.nn.softmax(logits, axis=-1)
+    used = drop(self.attn_drop, attn, rngs)
+    gathered = jnp.einsum("bhqk,bkc->bqhc", used.astype(dtype), x)
+    y = jnp.einsum("bqhc,chd->bqhd", gathered, wv, preferred_element_type=wide)
+    # What the weights sum to is 1 but for dropout.
+    y += used.sum(axis=-1).swapaxes(1, 2)[..., None] * split_heads(self.wv.bias[...].astype(wide), self.num_heads)
+    return y.astype(dtype).reshape(len(x), 1, -1), attn
 
 
 class FusionBlock(nnx.Module):

@@ -410,10 +410,15 @@ def create_model(
   )
   keys.advance_stream()
   model.variant = name
+  choose_attention(model, attention)
+  return model
+
+
+def choose_attention(model: nnx.Module, attention: str) -> None:
+  """Has all of a model's attention done as `attention` says, one of `attention.IMPLEMENTATIONS`."""
   for _, module in nnx.iter_modules(model):
     if isinstance(module, MultiHeadAttention | DepthwiseConv):
       module.implementation = attention
-  return model
 
 
 def abstract_model(spec: Mapping[str, Any], num_classes: int) -> nnx.Module:
