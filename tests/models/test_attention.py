@@ -112,7 +112,7 @@ def test_each_device_gets_its_heads_as_if_there_were_no_others(dim, heads, shard
     np.testing.assert_array_equal(kernels.pack(own, heads // shards), part)
 
 
-@pytest.mark.parametrize(("images", "tokens", "dim", "heads"), [(2, 11, 96, 3), (1, 20, 105, 3), (2, 9, 128, 8)])
+@pytest.mark.parametrize(("images", "tokens", "dim", "heads"), [(2, 11, 96, 3), (1, 16, 105, 3), (2, 20, 128, 8)])
 def test_the_kernels_are_reattention(images, tokens, dim, heads):
   width = dim // heads
   q, k, v, dy = draw(*[(images, 1, tokens, dim)] * 4)
@@ -124,7 +124,7 @@ def test_the_kernels_are_reattention(images, tokens, dim, heads):
     return plain_weigh(maps, v[:, 0])[:, None]
 
   def fused(q, k, v, t, s):
-    return mix_heads(q, k, v, jnp.repeat(t, width, -1), jnp.repeat(s, width, -1)[:, None], width, 0.3)
+    return mix_heads(q, k, v, t, jnp.repeat(s, width, -1)[:, None], width, 0.3)
 
   check_same(fused, plain, dy, q, k, v, t, s)
 
@@ -318,3 +318,15 @@ def test_the_kernel_finds_windows(grid, window, shift, dim, heads, biased):
     return attend_windows(q, k, v, *bias, *[None] * (1 - biased), mask, Windows(grid, window, shift), dim // heads, 0.3)
 
   check_same(fused, plain, dy, q, k, v, *[bias][: int(biased)])
+
+
+@pytest.mark.parametrize(
+  ("tokens", "heads", "alone", "mixed"),
+  [(577, 12, True, True), (655, 12, True, False), (901, 6, True, False), (1140, 6, False, False)],
+)
+def test_kernels_keep_to_what_fits_on_a_chip(tokens, heads, alone, mixed, on_tpu):
+  """577 tokens, 384 pixels, compile for v5p. Its compiler refused to mix 655, and 1140 alone: 72 of 64 MiB both."""
+  q = jax.ShapeDtypeStruct((1, tokens, 35 * heads), jnp.bfloat16)
+  held = attention.REATTENTION_MAPS * heads
+  assert attention.is_fused(q, q, num_heads=heads) == alone
+  assert attention.is_fused(q, q, num_heads=heads, held=held) == mixed

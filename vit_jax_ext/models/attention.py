@@ -18,8 +18,10 @@ from vit_jax_ext.models.kernels import unpack
 # pallas: kernels that keep the maps on the chip (fused_attention); cudnn: NVIDIA's; half: XLA, logits and maps in
 # memory in half precision, as torch's autocast has its products; reference: XLA, in float32.
 IMPLEMENTATIONS = ("auto", "reference", "pallas", "cudnn", "half")
-# A kernel's program holds a few maps of one head, of 4 bytes a pair of tokens, in 96 MiB.
-LARGEST_MAP = 2 * 2**20
+# A kernel's program has this for its maps, float32 in tiles of (8, 128): a v5p has 64 MiB in all.
+MAP_BYTES = 60 * 2**20
+MAPS_AT_WORK = 14  # while it works on a head
+REATTENTION_MAPS = 2  # of each head that it holds besides
 
 
 def widest(dtype: jnp.dtype) -> jnp.dtype:
@@ -141,14 +143,24 @@ def attend_packed(qkv: jax.Array, *, num_heads: int, scale: float) -> tuple[jax.
 
 
 def is_fused(
-  q: jax.Array, k: jax.Array, *, num_heads: int, drop: Callable | None = None, implementation: str = "auto"
+  q: jax.Array,
+  k: jax.Array,
+  *,
+  num_heads: int,
+  drop: Callable | None = None,
+  implementation: str = "auto",
+  held: int = 0,
 ) -> bool:
-  """Returns whether kernels for TPUs do this attention; see `attend` for the arguments.
+  """Returns whether kernels for TPUs do this attention.
+
+  Args:
+    q, k, num_heads, drop, implementation: see `attend`.
+    held: maps that a kernel holds beside those that it works on.
 
   Raises:
     UserError: as there.
   """
-  return _choose(implementation, _obstacles(q, k, num_heads, drop)) == "pallas"
+  return _choose(implementation, _obstacles(q, k, num_heads, drop, held)) == "pallas"
 
 
 def platform() -> str:
@@ -175,7 +187,7 @@ def map_covariance(
   Returns:
     (B / images, heads, heads), at least float32.
   """
-  if is_fused(q, k, num_heads=num_heads, implementation=implementation):
+  if is_fused(q, k, num_heads=num_heads, implementation=implementation, held=REATTENTION_MAPS * num_heads):
     sums = covariance_sums(q[:, None], k[:, None], q.shape[-1] // num_heads, scale)
   else:
     attn = softmax_attention(q, k, num_heads=num_heads, scale=scale) - 1 / k.shape[-2]
@@ -212,9 +224,9 @@ def reattend(
   with jax.named_scope("reatten_matrix"):
     attn = jnp.einsum("gbhqk,ghf->gbfqk", attn.reshape(groups, -1, *attn.shape[1:]), mixing)
   attn = (attn + shift[:, None, :, None, None]).reshape(-1, *attn.shape[2:])
-  if not is_fused(q, k, num_heads=num_heads, implementation=implementation):
+  if not is_fused(q, k, num_heads=num_heads, implementation=implementation, held=REATTENTION_MAPS * num_heads):
     return weigh(attn, v), attn
-  t, s = (jnp.repeat(jnp.repeat(x, width, axis=-1), len(q) // groups, axis=0) for x in (mixing, shift))
+  t, s = (jnp.repeat(x, len(q) // groups, axis=0) for x in (mixing, jnp.repeat(shift, width, axis=-1)))
   return mix_heads(q[:, None], k[:, None], v[:, None], t, s[:, None], width, scale)[:, 0], attn
 
 
@@ -235,7 +247,7 @@ def _choose(implementation: str, obstacles: dict[str, str]) -> str:
   return implementation
 
 
-def _obstacles(q, k, num_heads, drop) -> dict[str, str]:
+def _obstacles(q, k, num_heads, drop, held=0) -> dict[str, str]:
   """Returns what keeps each implementation from this attention, if anything."""
   where, width = platform(), q.shape[-1] // num_heads
   pallas = cudnn = "it has no dropout of attention weights" if drop else ""
@@ -243,7 +255,7 @@ def _obstacles(q, k, num_heads, drop) -> dict[str, str]:
     pallas = f"it is for TPUs, not {where}"
   elif q.dtype not in (jnp.bfloat16, jnp.float32):
     pallas = f"it takes bfloat16 and float32, not {q.dtype}"
-  elif q.shape[-2] * k.shape[-2] > LARGEST_MAP:
+  elif 4 * _tiled(q.shape[-2], 8) * _tiled(k.shape[-2], 128) * (MAPS_AT_WORK + held) > MAP_BYTES:
     pallas = f"maps of {q.shape[-2]} x {k.shape[-2]} tokens do not fit on the chip"
   if where != "gpu":
     cudnn = f"it is for NVIDIA GPUs, not {where}"
@@ -255,6 +267,11 @@ def _obstacles(q, k, num_heads, drop) -> dict[str, str]:
     cudnn = _cudnn_missing()
   half = "" if q.dtype in (jnp.bfloat16, jnp.float16) else f"it takes bfloat16 and float16, not {q.dtype}"
   return {"reference": "", "pallas": pallas, "cudnn": cudnn, "half": half}
+
+
+def _tiled(size: int, tile: int) -> int:
+  """Returns the least multiple of `tile` that holds `size`."""
+  return -(-size // tile) * tile
 
 
 @functools.cache

@@ -23,7 +23,7 @@ def _precise(a, x, axis_a, axis_x):
   Three bfloat16 numbers make up a float32 one; with bfloat16 x one product of the three, side by side, does.
   """
   if x.dtype != jnp.bfloat16:
-    return jax.lax.dot_general(a, x, (((axis_a,), (axis_x,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
+    return product(a, x, axis_a, axis_x, jax.lax.Precision.HIGHEST)
   parts = []
   for _ in range(3):
     parts.append(a.astype(x.dtype))

@@ -21,9 +21,12 @@ TOKENS = 512  # of the windows that one program works on
 Arrays = Mapping[str, jax.Array | None]
 
 
-def product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+def product(
+  a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, precision: jax.lax.Precision | None = None
+) -> jax.Array:
   """Returns the product of two matrices over an axis of each, in float32."""
-  return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
+  axes = (((axis_a,), (axis_b,)), ((), ()))
+  return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
