@@ -19,7 +19,7 @@ from vit_jax_ext.errors import RunError, UserError
 
 Lookup = Callable[[tf.Tensor], dict[str, tf.Tensor]]  # indices, int64 (n,), to image, label and name
 
-GROUP = 32  # examples that are looked up, and decoded, together
+GROUP = 64  # examples that are looked up, and decoded, together
 IN_ORDER = (
   "its TFRecord files can be read in their order alone: it is shuffled in a buffer, each host's share for itself, and "
   "resuming reads what was read before; the command prepare, with the same flags, makes files that mend both"

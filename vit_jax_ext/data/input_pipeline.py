@@ -55,11 +55,12 @@ def train_augmentation(
         ratio=(3 / 4 * aspect, 4 / 3 * aspect),
         interpolation=augment["interpolation"],
         dct_scaling=augment.get("dct_scaling", False),
+        flip=augment["flip"],
       )
     else:
       image = preprocess.resize_and_center_crop(encoded, image_size, crop=1.0)
-    if augment["flip"]:
-      image = preprocess.random_flip(image, seed, augment["flip"])
+      if augment["flip"]:
+        image = preprocess.random_flip(image, seed, augment["flip"])
     if policy:
       image = randaugment.rand_augment(image, seed, policy, fill, augment["interpolation"])
     if augment["color_jitter"]:

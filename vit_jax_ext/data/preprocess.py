@@ -58,8 +58,8 @@ def _decode_part(encoded, choose, shortest=None):
     shortest: (height, width) that the part may be scaled down to while a JPEG is decoded, by 2, 4 or 8; None: as it is.
 
   Returns:
-    An image, uint8, that holds the part; (top, left, height, width) of the part in it, float64; and what `choose` was
-    given and has returned.
+    An image, uint8; which of its columns hold the part, (first, number) int32; (top, left, height, width) of the part
+    in these, float64; and what `choose` was given and has returned.
   """
 
   def part_of_jpeg():
@@ -72,18 +72,19 @@ def _decode_part(encoded, choose, shortest=None):
     shape = tf.shape(image)[:2]
     box = choose(shape)
     image = tf.slice(image, tf.pad(box[:2], [[0, 1]]), tf.pad(box[2:], [[0, 1]], constant_values=3))
-    return image, tf.cast(tf.concat([(0, 0), box[2:]], axis=0), tf.float64), shape, box
+    columns = tf.stack([0, box[3]])
+    return image, columns, tf.cast(tf.concat([(0, 0), box[2:]], axis=0), tf.float64), shape, box
 
   # A truncated JPEG would pass where the part ends above the cut. One branch, for several cost as much as decoding.
   complete_jpeg = tf.io.is_jpeg(encoded) & (tf.strings.substr(encoded, -2, 2) == b"\xff\xd9")
-  image, part, shape, box = tf.cond(complete_jpeg, part_of_jpeg, part_of_all)
+  image, columns, part, shape, box = tf.cond(complete_jpeg, part_of_jpeg, part_of_all)
   image.set_shape((None, None, 3))
   shape.set_shape((2,))
-  return image, part, shape, box
+  return image, columns, part, shape, box
 
 
 def _decode_box(encoded, shape, box, shortest):
-  """Decodes a part of a JPEG, scaled as `_decode_part` says; returns the pixels that it touches, its place in them."""
+  """Decodes a part of a JPEG, scaled as `_decode_part` says; returns the first three of what that does."""
   ratio = 1
   if shortest is not None:
     fits = box[2:] // shortest >= tf.constant([2, 4, 8])[:, None]
@@ -99,7 +100,7 @@ def _decode_box(encoded, shape, box, shortest):
               for ratio in (1, 2, 4, 8)]  # fmt: skip
   # The branches hold nothing else: what is in those that are not taken costs time as well.
   image = decoders[0]() if shortest is None else tf.switch_case(power, decoders)
-  return image[:, left - start :][:, :width], box / ratio - tf.cast(tf.pad(begin, [[0, 2]]), tf.float64)
+  return image, tf.stack([left - start, width]), box / ratio - tf.cast(tf.pad(begin, [[0, 2]]), tf.float64)
 
 
 def random_resized_crop(
@@ -110,6 +111,7 @@ def random_resized_crop(
   ratio: tuple[float, float] = (3 / 4, 4 / 3),
   interpolation: str = "bicubic",
   dct_scaling: bool = False,
+  flip: float = 0.0,
 ) -> tf.Tensor:
   """Decodes a random part of an image and resizes it (Szegedy et al. 2015, arXiv 1409.4842, section 6).
 
@@ -123,13 +125,14 @@ def random_resized_crop(
     interpolation: see `resize`; "random" is one of both.
     dct_scaling: a part of a JPEG of twice the size or more is scaled down by 2, 4 or 8 while it is decoded, which is
       faster and averages where `resize` would have interpolated.
+    flip: probability of mirroring as `random_flip` does, here without a pass over the image of its own.
   """
   draws = uniform(seed, Stream.CROP, (4, 11))
-  image, part, _, _ = _decode_part(
+  image, columns, part, _, _ = _decode_part(
     encoded, lambda shape: random_box(shape, draws, scale, ratio), size if dct_scaling else None
   )
-  factor = size / part[2:]
-  resized = functools.partial(_resize_columns_first, image, factor, part[:2] * factor, size)
+  factor, mirrored = size / part[2:], uniform(seed, Stream.FLIP, ()) < flip
+  resized = functools.partial(_resize_columns_first, image, columns, factor, part[:2] * factor, size, mirrored)
   if interpolation != "random":
     return resized(interpolation)
   return tf.cond(draws[0, 10] < 0.5, lambda: resized("bilinear"), lambda: resized("bicubic"))
@@ -194,7 +197,8 @@ def resize_and_center_crop(encoded: tf.Tensor, size: tuple[int, int], crop: floa
     end = tf.minimum((offset(shape) + size) * shape // resized(shape) + reach, shape)
     return tf.concat([begin, end - begin], axis=0)
 
-  image, _, shape, box = _decode_part(encoded, made_of)
+  image, columns, _, shape, box = _decode_part(encoded, made_of)
+  image = image[:, columns[0] :][:, : columns[1]]
   scale = resized(shape) / shape
   start = tf.cast(offset(shape), tf.float64) - tf.cast(box[:2], tf.float64) * scale
   return _resize(image, scale, start, size, "bicubic")
@@ -213,20 +217,28 @@ def _resize(image, scale, start, size, interpolation):
   return tf.reshape(tf.cast(rows, tf.uint8), (*size, 3))
 
 
-def _resize_columns_first(image, scale, start, size, interpolation):
-  """Does what `_resize` does in the other order: an image as it lies has whole rows for channels, and needs no turn."""
+def _resize_columns_first(image, columns, scale, start, size, mirrored, interpolation):
+  """Does what `_resize` does in the other order: an image as it lies has whole rows for channels, and needs no turn.
+
+  Args:
+    columns: (first, number) of those that are seen. Turned they lie side by side: here they are cut for nothing.
+    mirrored: whether the result is, bool.
+  """
   height, width = tf.shape(image)[0], tf.shape(image)[1]
   scale, start = tf.cast(scale, tf.float32), tf.cast(start, tf.float32)
-  columns = tf.reshape(image, (1, height, 1, width * 3))
-  columns = _resize_height(columns, scale[0], start[0], size[0], interpolation)
-  rows = tf.reshape(tf.transpose(tf.reshape(columns, (size[0], width * 3))), (1, width, 1, 3 * size[0]))
-  return _turn(_resize_height(rows, scale[1], start[1], size[1], interpolation), size)
+  resized = tf.reshape(image, (1, height, 1, width * 3))
+  resized = _resize_height(resized, scale[0], start[0], size[0], interpolation)
+  rows = tf.reshape(tf.transpose(tf.reshape(resized, (size[0], width * 3))), (width, 3 * size[0]))
+  rows = rows[columns[0] : columns[0] + columns[1]][None, :, None]
+  return _turn(_resize_height(rows, scale[1], start[1], size[1], interpolation), size, mirrored)
 
 
 @tf.function(autograph=False, jit_compile=True)
-def _turn(levels, size):
+def _turn(levels, size, mirrored):
   """Returns levels that lie by column, channel and row as an image, uint8 (*size, 3)."""
-  return tf.transpose(tf.cast(tf.reshape(levels, (size[1], 3, size[0])), tf.uint8), (2, 0, 1))
+  levels = tf.reshape(levels, (size[1], 3, size[0]))
+  levels = tf.where(mirrored, levels[::-1], levels)
+  return tf.transpose(tf.cast(levels, tf.uint8), (2, 0, 1))
 
 
 def _resize_height(images, scale, start, size, interpolation):
