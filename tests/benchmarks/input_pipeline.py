@@ -29,7 +29,7 @@ import rich.table
 import sklearn.datasets
 
 IMAGES, BATCH, SIZE = 256, 32, 224
-ROUNDS, WARM_UP, BATCHES = 3, 10, 20  # what was prefetched in warming up is little of what is measured
+ROUNDS, WARM_UP, BATCHES = 3, 10, 40  # what was prefetched in warming up is little of what is measured
 RECIPE = dict(crop_scale=(0.08, 1.0), interpolation="bicubic", flip=0.5, randaugment="rand-m9-mstd0.5-inc1",
               color_jitter=0.0)  # fmt: skip
 FILL = (124, 116, 104)

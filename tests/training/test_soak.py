@@ -35,7 +35,7 @@ BEFORE_ALL = 1.0  # seconds in which Python itself starts, and SIGTERM ends it a
   [
     pytest.param(20, BOTH, 3000, LONG, marks=pytest.mark.slow),
     pytest.param(50, (signal.SIGKILL,), 6000, LONG, marks=pytest.mark.slow),
-    (5, BOTH, 200, SHORT),
+    (3, BOTH, 200, SHORT),
   ],
 )
 def test_kills_change_nothing(kills, notices, steps, options, tmp_path, data_dir):
