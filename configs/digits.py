@@ -1,7 +1,7 @@
 """Small models learn to read real handwritten digits on a laptop: the embedded default.
 
 Run: python main.py --config=configs/digits.py:FAMILY --workdir=DIR
-Hardware: 2 CPU cores, two to three minutes. Expected test top-1: at least 97% (crossvit: 98.5%, deepvit: 96%).
+Hardware: 2 CPU cores, two to three minutes. Expected test top-1: at least 97% (crossvit: 98%, deepvit: 96%).
 FAMILY: crossvit, vit, deepvit, swin, cswin, boat_swin, boat_cswin.
 """
 

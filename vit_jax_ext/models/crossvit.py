@@ -17,6 +17,7 @@ import numpy as np
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers
 from vit_jax_ext.models.attention import split_heads, widest
+from vit_jax_ext.models.kernels import head_shards
 from vit_jax_ext.models.layers import Attention, Block, Conv, LayerNorm, Linear, Sequential, drop
 
 Intermediates = dict[str, jax.Array]
@@ -60,7 +61,7 @@ class CrossAttention(layers.MultiHeadAttention):
 
   A single query needs no keys and values of all tokens, two products of (N, C) with (C, C). It goes back through `wk`
   to meet the tokens as they are, and what it gathers of them goes through `wv`. So "auto" does; other implementations
-  have keys and values.
+  have keys and values, and so have devices that share the heads: they would sum the gradient of x in float32.
   """
 
   def __init__(self, dim: int, num_heads: int, attn_drop_rate: float, proj_drop_rate: float, **kw):
@@ -72,7 +73,7 @@ class CrossAttention(layers.MultiHeadAttention):
 
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, jax.Array]:
     """Returns the new first token (B, 1, C) and its attention (B, heads, 1, N)."""
-    if self.implementation == "auto":
+    if self.implementation == "auto" and head_shards(self.num_heads) == 1:
       y, attn = self._attend_to_tokens(x, rngs)
     else:
       y, attn = self.attend(self.wq(x[:, :1]), self.wk(x), self.wv(x), rngs)
