@@ -14,7 +14,7 @@ from vit_jax_ext.models import attention, kernels, layers, swin
 from vit_jax_ext.models.fused_attention import fused_attention
 from vit_jax_ext.models.fused_depthwise import depthwise_conv
 from vit_jax_ext.models.fused_reattention import covariance_sums, mix_heads
-from vit_jax_ext.models.fused_windows import Windows, attend_windows
+from vit_jax_ext.models.fused_windows import Windows, attend_packed_windows, attend_windows
 
 
 @pytest.fixture(autouse=True)
@@ -164,6 +164,7 @@ def on_tpu(monkeypatch):
       ),
     ),
     ("cswin_tiny", dict(image_size=16, embed_dim=12, depth=(1, 1), num_heads=(2, 4), split_size=(1, 4))),
+    ("cswin_tiny", dict(image_size=16, embed_dim=256, depth=(1,), num_heads=(4,), split_size=(2,), mlp_ratio=1)),
   ],
 )
 def test_a_model_is_the_same_with_kernels(name, overrides, on_tpu):
@@ -318,6 +319,27 @@ def test_the_kernel_finds_windows(grid, window, shift, dim, heads, biased):
     return attend_windows(q, k, v, *bias, *[None] * (1 - biased), mask, Windows(grid, window, shift), dim // heads, 0.3)
 
   check_same(fused, plain, dy, q, k, v, *[bias][: int(biased)])
+
+
+@pytest.mark.parametrize("window", [(8, 2), (2, 6), (4, 3)])
+@pytest.mark.parametrize("share", [0, 1])
+def test_one_projection_of_a_share_gives_all_that_the_kernel_of_windows_reads(window, share):
+  """Attention, values and the gradients of tokens, kernel and bias, of one of two sets of heads."""
+  grid, dim, heads = (8, 6), 256, 2
+  graphdef = nnx.graphdef(layers.PackedQKV(dim, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)))
+  x, kernel, bias, dy, dv = draw((2, 48, dim), (dim, 3 * dim), (3 * dim,), *[(2, 48, dim // 2)] * 2)
+
+  def plain(x, kernel, bias):
+    qkv = (jnp.dot(x, kernel * dim**-0.5, precision="highest") + bias).reshape(2, 48, 3, 2, -1)[:, :, :, share]
+    q, k, v = (layers.partition_windows(qkv[:, :, i].reshape(2, *grid, -1), window) for i in range(3))
+    y = layers.merge_windows(plain_weigh(plain_maps(q, k, heads, 0.3), v), grid, window)
+    return y.reshape(dy.shape), qkv[:, :, 2]
+
+  def fused(x, kernel, bias):
+    layer = nnx.merge(graphdef, dict(kernel=kernel * dim**-0.5, bias=bias))
+    return attend_packed_windows(layer.side_by_side(x, heads, share, 2), Windows(grid, window), heads, 0.3)
+
+  check_same(fused, plain, (dy, dv), x, kernel, bias)
 
 
 @pytest.mark.parametrize(

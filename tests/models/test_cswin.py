@@ -32,7 +32,7 @@ def test_stripes_cross():
   x = jax.random.normal(jax.random.key(0), (1, 24, 2))
   row, column = np.divmod(np.arange(24), 6)
   for attention, place in zip(block.attns, (column // 2, row), strict=True):
-    jacobian = jax.jit(jax.jacobian(lambda x, f=attention: f(x, lambda y: [y] * 3)[0].sum(-1)))(x)[:, 0]
+    jacobian = jax.jit(jax.jacobian(lambda x, f=attention: f(x, lambda y, *_: [y] * 3, 0, 1)[0].sum(-1)))(x)[:, 0]
     reach = jnp.abs(jacobian).sum(-1) > 0
     np.testing.assert_array_equal(reach, place[:, None] == place)
 

@@ -8,7 +8,6 @@ Tokens are (B, N, C), row by row; `grid` is the (rows, columns) they lie on.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-import functools
 
 from flax import nnx
 import jax
@@ -16,7 +15,8 @@ import jax.numpy as jnp
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers
-from vit_jax_ext.models.fused_windows import Windows, attend_windows
+from vit_jax_ext.models.fused_windows import Windows, attend_packed_windows, attend_windows
+from vit_jax_ext.models.kernels import can_pack
 from vit_jax_ext.models.layers import Conv, Linear, Sequential, drop
 from vit_jax_ext.models.pyramid import Grid, Intermediates, LayerNorm, Pyramid, PyramidBlock
 
@@ -38,16 +38,25 @@ class StripeAttention(layers.MultiHeadAttention):
     self.get_v = layers.DepthwiseConv(dim, **kw)
 
   def __call__(
-    self, x: jax.Array, project: Callable[[jax.Array], list[jax.Array]], rngs: nnx.Rngs | None = None
+    self, x: jax.Array, qkv: layers.PackedQKV, share: int, shares: int, rngs: nnx.Rngs | None = None
   ) -> jax.Array:
-    """Returns the new tokens (B, N, dim) from the block's (B, N, C), of which `project` makes q, k and v."""
-    batch, tokens, _ = x.shape
+    """Returns the new tokens (B, N, C / shares) from the block's (B, N, C).
+
+    Args:
+      qkv: the block's.
+      share, shares: which of its equal sets of heads are meant.
+    """
+    batch, tokens, dim = x.shape
     windows = Windows(self.grid, self.stripe)
     if self.windows_are_fused(x, windows, rngs):
-      q, k, v = project(x)
-      y = attend_windows(q, k, v, None, None, windows, v.shape[-1] // self.num_heads, self.scale)
+      if can_pack(dim // shares, self.num_heads):
+        packed = qkv.side_by_side(x, self.num_heads, share, shares)
+        y, v = attend_packed_windows(packed, windows, self.num_heads, self.scale)
+      else:
+        q, k, v = qkv(x, share, shares)
+        y = attend_windows(q, k, v, None, None, windows, v.shape[-1] // self.num_heads, self.scale)
       return y + self.get_v(v.reshape(batch, *self.grid, -1), self.stripe).reshape(y.shape)
-    q, k, v = project(layers.partition_windows(x.reshape(batch, *self.grid, -1), self.stripe))
+    q, k, v = qkv(layers.partition_windows(x.reshape(batch, *self.grid, -1), self.stripe), share, shares)
     y, _ = self.attend(q, k, v, rngs)
     y = y + self.get_v(v.reshape(-1, *self.stripe, v.shape[-1])).reshape(y.shape)
     return layers.merge_windows(y, self.grid, self.stripe).reshape(batch, tokens, -1)
@@ -100,8 +109,8 @@ class CSWinBlock(PyramidBlock):
 
   def attend(self, x: jax.Array, rngs: nnx.Rngs | None) -> tuple[jax.Array, Intermediates]:
     normed = self.norm1(x)
-    projections = (functools.partial(self.qkv, share=i, shares=len(self.attns)) for i in range(len(self.attns)))
-    y = jnp.stack([attn(normed, own, rngs) for attn, own in zip(self.attns, projections, strict=True)], axis=-2)
+    shares = len(self.attns)
+    y = jnp.stack([attn(normed, self.qkv, i, shares, rngs) for i, attn in enumerate(self.attns)], axis=-2)
     return x + drop(self.drop_path, self.proj(y), rngs), {}
 
 

@@ -138,18 +138,18 @@ def _backward(width, scale, residuals, dy):
 fused_attention.defvjp(_forward, _backward)
 
 
-def _thirds(ref) -> list:
+def thirds(ref) -> list:
   """Returns references to the queries, keys and values that `kernels.pack` has ordered side by side."""
   size = ref.shape[-1] // 3
   return [ref.at[..., pl.ds(i * size, size)] for i in range(3)]
 
 
 def _packed_forward_kernel(qkv_ref, y_ref, *, width, scale):
-  _forward_kernel(*_thirds(qkv_ref), None, None, y_ref, width=width, scale=scale)
+  _forward_kernel(*thirds(qkv_ref), None, None, y_ref, width=width, scale=scale)
 
 
 def _packed_backward_kernel(qkv_ref, dy_ref, dqkv_ref, *, width, scale):
-  _backward_kernel(*_thirds(qkv_ref), None, None, dy_ref, *_thirds(dqkv_ref), width=width, scale=scale)
+  _backward_kernel(*thirds(qkv_ref), None, None, dy_ref, *thirds(dqkv_ref), width=width, scale=scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

@@ -15,8 +15,8 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax_ext.models.fused_attention import adder, backward_heads, forward_heads
-from vit_jax_ext.models.kernels import call, head_groups, like, on_each_device, product_flops
+from vit_jax_ext.models.fused_attention import adder, backward_heads, forward_heads, thirds
+from vit_jax_ext.models.kernels import call, head_groups, head_shards, like, on_each_device, product_flops
 
 SUBLANES = 8  # rows of a tile
 
@@ -191,20 +191,25 @@ def attend_windows(
     width: of a head.
     scale: of the logits.
   """
-  n, size = math.prod(windows.window), windows.groups[1]
-  if mask is None and _tiled(size) != size:
-    mask = np.zeros((1, n, n), np.float32)
+  if mask is None:
+    mask = _mask_of_rests(windows)
   bias = None if bias is None else windows.pad(bias.astype(jnp.float32), 0)
   mask = None if mask is None else windows.pad(jnp.asarray(mask, jnp.float32), -jnp.inf)
   return _attend(q[:, None], k[:, None], v[:, None], bias, mask, windows, width, scale)[:, 0]
 
 
-def _call(kernel, arrays, results, products, images, windows, width, scale):
-  """Calls a kernel that works with `images` images in float32."""
-  tokens, dim = arrays["q"].shape[2:]
+def _mask_of_rests(windows):
+  """Returns a mask that hides nothing but what `pad` adds to it; None if groups fill tiles."""
+  n, size = math.prod(windows.window), windows.groups[1]
+  return None if _tiled(size) == size else np.zeros((1, n, n), np.float32)
+
+
+def _call(kernel, arrays, results, queries, products, images, windows, width, scale):
+  """Calls a kernel that does `products` with `queries` or its like, with `images` images in float32."""
+  tokens, dim = queries.shape[2:]
   behind = _tiled(windows.groups[1]) * (1 if windows.by_rows else windows.grid[1])
   kernel = functools.partial(kernel, windows=windows, width=width, scale=scale)
-  flops = products * product_flops(arrays) // windows.number
+  flops = products * product_flops(dict(q=queries, k=queries)) // windows.number
   parts = head_groups(dim, width)
   return call(kernel, arrays, results, flops, [(len(parts), tokens + behind, parts[0][0].size)] * images)
 
@@ -212,7 +217,7 @@ def _call(kernel, arrays, results, products, images, windows, width, scale):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _attend(q, k, v, bias, mask, windows, width, scale):
   def run(arrays):
-    return _call(_forward_kernel, arrays, {"y": like(arrays["q"])}, 2, 4, windows, width, scale)
+    return _call(_forward_kernel, arrays, {"y": like(arrays["q"])}, arrays["q"], 2, 4, windows, width, scale)
 
   arrays = dict(q=q, k=k, v=v, bias=bias, mask_for_all=mask)
   return on_each_device(run, arrays, ["y"], q.shape[-1] // width)[0]
@@ -230,7 +235,7 @@ def _backward(windows, width, scale, residuals, dy):
     results = {f"d{name}": like(arrays[name]) for name in "qkv"}
     if bias is not None:
       results["dbias"] = jax.ShapeDtypeStruct((len(arrays["q"]), *arrays["bias"].shape), jnp.float32)
-    return _call(_backward_kernel, arrays, results, 5, 7, windows, width, scale)
+    return _call(_backward_kernel, arrays, results, arrays["q"], 5, 7, windows, width, scale)
 
   arrays = dict(q=q, k=k, v=v, bias=bias, mask_for_all=mask, dy=dy)
   dq, dk, dv, *dbias = on_each_device(run, arrays, names, q.shape[-1] // width)
@@ -238,3 +243,65 @@ def _backward(windows, width, scale, residuals, dy):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _packed_forward_kernel(qkv_ref, mask_ref, y_ref, v_ref, *images, windows, width, scale):
+  q_ref, k_ref, own_v_ref = thirds(qkv_ref)
+  v_ref[...] = own_v_ref[...]
+  _forward_kernel(
+    q_ref, k_ref, own_v_ref, None, mask_ref, y_ref, *images, windows=windows, width=width, scale=scale
+  )  # fmt: skip
+
+
+def _packed_backward_kernel(qkv_ref, mask_ref, dy_ref, dv_ref, dqkv_ref, *images, windows, width, scale):
+  results = thirds(dqkv_ref)
+  _backward_kernel(
+    *thirds(qkv_ref), None, mask_ref, dy_ref, *results, *images, windows=windows, width=width, scale=scale
+  )  # fmt: skip
+  results[2][...] += dv_ref[...]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _attend_packed(qkv, mask, windows, num_heads, scale):
+  shards = head_shards(num_heads)
+  width, heads = qkv.shape[-1] // 3 // num_heads, num_heads // shards
+
+  def run(arrays):
+    y = jax.ShapeDtypeStruct((*arrays["q"].shape[:-1], heads * width), qkv.dtype)
+    return _call(_packed_forward_kernel, arrays, {"y": y, "v": y}, y, 2, 4, windows, width, scale)
+
+  return on_each_device(run, dict(q=qkv, mask_for_all=mask), ["y", "v"], num_heads)
+
+
+def _packed_forward(qkv, mask, windows, num_heads, scale):
+  return _attend_packed(qkv, mask, windows, num_heads, scale), (qkv, mask)
+
+
+def _packed_backward(windows, num_heads, scale, residuals, gradients):
+  qkv, mask = residuals
+  arrays = dict(q=qkv, mask_for_all=mask, dy=gradients[0], dv=gradients[1])
+
+  def run(arrays):
+    dqkv, width = {"dq": like(arrays["q"])}, qkv.shape[-1] // 3 // num_heads
+    return _call(_packed_backward_kernel, arrays, dqkv, arrays["dy"], 5, 7, windows, width, scale)
+
+  (dqkv,) = on_each_device(run, arrays, ["dq"], num_heads)
+  return dqkv, None if mask is None else jnp.zeros_like(mask)
+
+
+_attend_packed.defvjp(_packed_forward, _packed_backward)
+
+
+def attend_packed_windows(
+  qkv: jax.Array, windows: Windows, num_heads: int, scale: float
+) -> tuple[jax.Array, jax.Array]:
+  """Does what `attend_windows` does, without bias and mask; also returns the values, (B, tokens, C).
+
+  Args:
+    qkv: queries, keys and values (B, tokens, 3 C), as `kernels.pack` orders them, where `kernels.can_pack`.
+    windows, num_heads, scale: see there.
+  """
+  mask = _mask_of_rests(windows)
+  mask = None if mask is None else windows.pad(jnp.asarray(mask), -jnp.inf)
+  y, v = _attend_packed(qkv[:, None], mask, windows, num_heads, scale)
+  return y[:, 0], v[:, 0]

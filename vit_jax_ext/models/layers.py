@@ -337,10 +337,20 @@ class PackedQKV(Linear):
       return [*jnp.moveaxis(add_bias(jnp.tensordot(x, kernel, 1), bias), -2, 0)]
     return [add_bias(x @ kernel[:, i], bias[i]) for i in range(3)]
 
-  def side_by_side(self, x: jax.Array, num_heads: int) -> jax.Array:
-    """Returns queries, keys and values in one array (..., 3 C), as `kernels.pack` orders them."""
-    packed = x.astype(self.dtype) @ pack(self.kernel[...].astype(self.dtype), num_heads)
-    return add_bias(packed, pack(self.bias[...], num_heads))
+  def side_by_side(self, x: jax.Array, num_heads: int, share: int = 0, shares: int = 1) -> jax.Array:
+    """Returns queries, keys and values in one array (..., 3 C / shares), as `kernels.pack` orders them.
+
+    Args:
+      num_heads: of the share.
+      share, shares: as above.
+    """
+
+    def own(columns):
+      if shares > 1:
+        columns = jnp.concatenate(jnp.split(columns, 3 * shares, axis=-1)[share::shares], axis=-1)
+      return pack(columns, num_heads)
+
+    return add_bias(x.astype(self.dtype) @ own(self.kernel[...].astype(self.dtype)), own(self.bias[...]))
 
 
 class MultiHeadAttention(nnx.Module):
