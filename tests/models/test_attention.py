@@ -14,7 +14,7 @@ from vit_jax_ext.models import attention, kernels, layers, swin
 from vit_jax_ext.models.fused_attention import fused_attention
 from vit_jax_ext.models.fused_depthwise import depthwise_conv
 from vit_jax_ext.models.fused_reattention import covariance_sums, mix_heads
-from vit_jax_ext.models.fused_windows import Windows, attend_packed_windows, attend_windows
+from vit_jax_ext.models.fused_windows import Windows, attend_packed_stripes, attend_packed_windows, attend_windows
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +150,10 @@ def on_tpu(monkeypatch):
     ("deit_tiny_patch16_224", dict(image_size=8, patch_size=4, embed_dim=128, num_heads=2, depth=1)),
     ("deepvit_16b", dict(image_size=16, patch_size=4, embed_dim=24, num_heads=3, depth=2)),
     ("swin_tiny", dict(image_size=16, patch_size=2, embed_dim=12, depths=(2, 2), num_heads=(2, 3), window_size=4)),
+    (
+      "swin_tiny",
+      dict(image_size=16, patch_size=2, embed_dim=128, depths=(2,), num_heads=(4,), window_size=4, mlp_ratio=1),
+    ),
     (
       "boat_swin_tiny",
       dict(
@@ -297,6 +301,7 @@ def test_the_kernel_is_a_depthwise_convolution(shape, stripe):
   [
     ((6, 9), (3, 3), (1, 2), 12, 3, True),
     ((6, 9), (3, 3), (0, 0), 160, 5, False),
+    ((6, 9), (3, 3), (1, 2), 128, 4, True),
     ((16, 2), (8, 2), (4, 0), 12, 2, True),
     ((9, 4), (9, 1), (0, 0), 4, 1, False),  # stripes
     ((4, 9), (2, 9), (0, 0), 4, 1, False),
@@ -315,10 +320,19 @@ def test_the_kernel_finds_windows(grid, window, shift, dim, heads, biased):
     maps = plain_maps(q, k, heads, 0.3, (bias[0] if biased else 0.0) + (0.0 if mask is None else mask[:, None]))
     return jnp.roll(layers.merge_windows(plain_weigh(maps, v), grid, window), shift, (1, 2)).reshape(dy.shape)
 
+  windows = Windows(grid, window, shift)
+
   def fused(q, k, v, *bias):
-    return attend_windows(q, k, v, *bias, *[None] * (1 - biased), mask, Windows(grid, window, shift), dim // heads, 0.3)
+    return attend_windows(q, k, v, *bias, *[None] * (1 - biased), mask, windows, dim // heads, 0.3)
 
   check_same(fused, plain, dy, q, k, v, *[bias][: int(biased)])
+  if dim % 128 == 0:
+
+    def packed(q, k, v, *bias):
+      qkv = jnp.concatenate([q, k, v], axis=-1)
+      return attend_packed_windows(qkv, *bias, *[None] * (1 - biased), mask, windows, heads, 0.3)
+
+    check_same(packed, plain, dy, q, k, v, *[bias][: int(biased)])
 
 
 @pytest.mark.parametrize("window", [(8, 2), (2, 6), (4, 3)])
@@ -337,7 +351,7 @@ def test_one_projection_of_a_share_gives_all_that_the_kernel_of_windows_reads(wi
 
   def fused(x, kernel, bias):
     layer = nnx.merge(graphdef, dict(kernel=kernel * dim**-0.5, bias=bias))
-    return attend_packed_windows(layer.side_by_side(x, heads, share, 2), Windows(grid, window), heads, 0.3)
+    return attend_packed_stripes(layer.side_by_side(x, heads, share, 2), Windows(grid, window), heads, 0.3)
 
   check_same(fused, plain, (dy, dv), x, kernel, bias)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers
-from vit_jax_ext.models.fused_windows import Windows, attend_packed_windows, attend_windows
+from vit_jax_ext.models.fused_windows import Windows, attend_packed_stripes, attend_windows
 from vit_jax_ext.models.kernels import can_pack
 from vit_jax_ext.models.layers import Conv, Linear, Sequential, drop
 from vit_jax_ext.models.pyramid import Grid, Intermediates, LayerNorm, Pyramid, PyramidBlock
@@ -51,7 +51,7 @@ class StripeAttention(layers.MultiHeadAttention):
     if self.windows_are_fused(x, windows, rngs):
       if can_pack(dim // shares, self.num_heads):
         packed = qkv.side_by_side(x, self.num_heads, share, shares)
-        y, v = attend_packed_windows(packed, windows, self.num_heads, self.scale)
+        y, v = attend_packed_stripes(packed, windows, self.num_heads, self.scale)
       else:
         q, k, v = qkv(x, share, shares)
         y = attend_windows(q, k, v, None, None, windows, v.shape[-1] // self.num_heads, self.scale)

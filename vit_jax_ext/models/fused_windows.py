@@ -191,17 +191,17 @@ def attend_windows(
     width: of a head.
     scale: of the logits.
   """
-  if mask is None:
-    mask = _mask_of_rests(windows)
-  bias = None if bias is None else windows.pad(bias.astype(jnp.float32), 0)
-  mask = None if mask is None else windows.pad(jnp.asarray(mask, jnp.float32), -jnp.inf)
+  bias, mask = _pad(bias, mask, windows)
   return _attend(q[:, None], k[:, None], v[:, None], bias, mask, windows, width, scale)[:, 0]
 
 
-def _mask_of_rests(windows):
-  """Returns a mask that hides nothing but what `pad` adds to it; None if groups fill tiles."""
+def _pad(bias, mask, windows):
+  """Returns both in the order of the groups; a mask also where nothing but what fills tiles is to be hidden."""
   n, size = math.prod(windows.window), windows.groups[1]
-  return None if _tiled(size) == size else np.zeros((1, n, n), np.float32)
+  if mask is None and _tiled(size) != size:
+    mask = np.zeros((1, n, n), np.float32)
+  bias = None if bias is None else windows.pad(bias.astype(jnp.float32), 0)
+  return bias, None if mask is None else windows.pad(jnp.asarray(mask, jnp.float32), -jnp.inf)
 
 
 def _call(kernel, arrays, results, queries, products, images, windows, width, scale):
@@ -245,63 +245,76 @@ def _backward(windows, width, scale, residuals, dy):
 _attend.defvjp(_forward, _backward)
 
 
-def _packed_forward_kernel(qkv_ref, mask_ref, y_ref, v_ref, *images, windows, width, scale):
-  q_ref, k_ref, own_v_ref = thirds(qkv_ref)
-  v_ref[...] = own_v_ref[...]
-  _forward_kernel(
-    q_ref, k_ref, own_v_ref, None, mask_ref, y_ref, *images, windows=windows, width=width, scale=scale
-  )  # fmt: skip
+def _packed_forward_kernel(qkv_ref, bias_ref, mask_ref, y_ref, *refs, values, **kw):
+  q_ref, k_ref, v_ref = thirds(qkv_ref)
+  if values:
+    result, *refs = refs
+    result[...] = v_ref[...]
+  _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, y_ref, *refs, **kw)
 
 
-def _packed_backward_kernel(qkv_ref, mask_ref, dy_ref, dv_ref, dqkv_ref, *images, windows, width, scale):
+def _packed_backward_kernel(qkv_ref, bias_ref, mask_ref, dy_ref, *refs, values, **kw):
+  if values:
+    dv_ref, *refs = refs
+  dqkv_ref, *refs = refs
   results = thirds(dqkv_ref)
-  _backward_kernel(
-    *thirds(qkv_ref), None, mask_ref, dy_ref, *results, *images, windows=windows, width=width, scale=scale
-  )  # fmt: skip
-  results[2][...] += dv_ref[...]
+  _backward_kernel(*thirds(qkv_ref), bias_ref, mask_ref, dy_ref, *results, *refs, **kw)
+  if values:
+    results[2][...] += dv_ref[...]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _attend_packed(qkv, mask, windows, num_heads, scale):
-  shards = head_shards(num_heads)
-  width, heads = qkv.shape[-1] // 3 // num_heads, num_heads // shards
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _attend_packed(qkv, bias, mask, windows, num_heads, scale, values):
+  """Returns what attention gives and, with `values`, these, for which their gradient is added on the chip."""
+  width, heads = qkv.shape[-1] // 3 // num_heads, num_heads // head_shards(num_heads)
+  kernel, names = functools.partial(_packed_forward_kernel, values=values), ["y", *["v"] * values]
 
   def run(arrays):
     y = jax.ShapeDtypeStruct((*arrays["q"].shape[:-1], heads * width), qkv.dtype)
-    return _call(_packed_forward_kernel, arrays, {"y": y, "v": y}, y, 2, 4, windows, width, scale)
+    return _call(kernel, arrays, dict.fromkeys(names, y), y, 2, 4, windows, width, scale)
 
-  return on_each_device(run, dict(q=qkv, mask_for_all=mask), ["y", "v"], num_heads)
-
-
-def _packed_forward(qkv, mask, windows, num_heads, scale):
-  return _attend_packed(qkv, mask, windows, num_heads, scale), (qkv, mask)
+  return on_each_device(run, dict(q=qkv, bias=bias, mask_for_all=mask), names, num_heads)
 
 
-def _packed_backward(windows, num_heads, scale, residuals, gradients):
-  qkv, mask = residuals
-  arrays = dict(q=qkv, mask_for_all=mask, dy=gradients[0], dv=gradients[1])
+def _packed_forward(qkv, bias, mask, windows, num_heads, scale, values):
+  return _attend_packed(qkv, bias, mask, windows, num_heads, scale, values), (qkv, bias, mask)
+
+
+def _packed_backward(windows, num_heads, scale, values, residuals, gradients):
+  qkv, bias, mask = residuals
+  kernel, width = functools.partial(_packed_backward_kernel, values=values), qkv.shape[-1] // 3 // num_heads
+  arrays = dict(q=qkv, bias=bias, mask_for_all=mask) | dict(zip(("dy", "dv"), gradients, strict=False))
+  names = ["dq", *["dbias"] * (bias is not None)]
 
   def run(arrays):
-    dqkv, width = {"dq": like(arrays["q"])}, qkv.shape[-1] // 3 // num_heads
-    return _call(_packed_backward_kernel, arrays, dqkv, arrays["dy"], 5, 7, windows, width, scale)
+    results = {"dq": like(arrays["q"])}
+    if bias is not None:
+      results["dbias"] = jax.ShapeDtypeStruct((len(arrays["q"]), *arrays["bias"].shape), jnp.float32)
+    return _call(kernel, arrays, results, arrays["dy"], 5, 7, windows, width, scale)
 
-  (dqkv,) = on_each_device(run, arrays, ["dq"], num_heads)
-  return dqkv, None if mask is None else jnp.zeros_like(mask)
+  dqkv, *dbias = on_each_device(run, arrays, names, num_heads)
+  return dqkv, dbias[0].sum(axis=0) if dbias else None, None if mask is None else jnp.zeros_like(mask)
 
 
 _attend_packed.defvjp(_packed_forward, _packed_backward)
 
 
 def attend_packed_windows(
-  qkv: jax.Array, windows: Windows, num_heads: int, scale: float
-) -> tuple[jax.Array, jax.Array]:
-  """Does what `attend_windows` does, without bias and mask; also returns the values, (B, tokens, C).
+  qkv: jax.Array, bias: jax.Array | None, mask: np.ndarray | None, windows: Windows, num_heads: int, scale: float
+) -> jax.Array:
+  """Does what `attend_windows` does, see there.
 
   Args:
     qkv: queries, keys and values (B, tokens, 3 C), as `kernels.pack` orders them, where `kernels.can_pack`.
-    windows, num_heads, scale: see there.
+    bias, mask, windows, num_heads, scale: as there.
   """
-  mask = _mask_of_rests(windows)
-  mask = None if mask is None else windows.pad(jnp.asarray(mask), -jnp.inf)
-  y, v = _attend_packed(qkv[:, None], mask, windows, num_heads, scale)
+  (y,) = _attend_packed(qkv[:, None], *_pad(bias, mask, windows), windows, num_heads, scale, False)
+  return y[:, 0]
+
+
+def attend_packed_stripes(
+  qkv: jax.Array, windows: Windows, num_heads: int, scale: float
+) -> tuple[jax.Array, jax.Array]:
+  """Does the same without bias and mask, and returns the values too, (B, tokens, C) both."""
+  y, v = _attend_packed(qkv[:, None], *_pad(None, None, windows), windows, num_heads, scale, True)
   return y[:, 0], v[:, 0]

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax_ext.models import layers
-from vit_jax_ext.models.fused_windows import Windows, attend_windows
+from vit_jax_ext.models.fused_windows import Windows, attend_packed_windows, attend_windows
+from vit_jax_ext.models.kernels import can_pack
 from vit_jax_ext.models.layers import Linear, drop
 from vit_jax_ext.models.pyramid import Grid, Intermediates, LayerNorm, Pyramid, PyramidBlock
 
@@ -86,7 +87,11 @@ class WindowAttention(layers.MultiHeadAttention):
     mask = seam_mask(self.grid, self.window, self.shift) if any(self.shift) else None
     windows = Windows(self.grid, self.window, self.shift)
     if self.windows_are_fused(x, windows, rngs):
-      x = attend_windows(*self.qkv(x), bias, mask, windows, dim // self.num_heads, self.scale)
+      if can_pack(dim, self.num_heads):
+        qkv = self.qkv.side_by_side(x, self.num_heads)
+        x = attend_packed_windows(qkv, bias, mask, windows, self.num_heads, self.scale)
+      else:
+        x = attend_windows(*self.qkv(x), bias, mask, windows, dim // self.num_heads, self.scale)
       return drop(self.proj_drop, self.proj(x), rngs)
     x = x.reshape(batch, *self.grid, dim)
     if any(self.shift):
