@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 import vit_jax_ext as vx
-from vit_jax_ext.models import attention, kernels, layers, swin
+from vit_jax_ext.models import attention, fused_depthwise, kernels, layers, swin
 from vit_jax_ext.models.fused_attention import fused_attention
-from vit_jax_ext.models.fused_depthwise import depthwise_conv
 from vit_jax_ext.models.fused_reattention import covariance_sums, mix_heads
 from vit_jax_ext.models.fused_windows import Windows, attend_packed_stripes, attend_packed_windows, attend_windows
 
@@ -293,7 +292,7 @@ def test_the_kernel_is_a_depthwise_convolution(shape, stripe):
       else layers.merge_windows(y.reshape(len(x), -1, stripe[0] * stripe[1], shape[-1]), shape[1:3], stripe)
     )
 
-  check_same(lambda *arrays: depthwise_conv(*arrays, stripe), plain, dy, x, kernel, bias)
+  check_same(lambda *arrays: fused_depthwise.depthwise_conv(*arrays, stripe), plain, dy, x, kernel, bias)
 
 
 @pytest.mark.parametrize(
@@ -356,13 +355,55 @@ def test_one_projection_of_a_share_gives_all_that_the_kernel_of_windows_reads(wi
   check_same(fused, plain, (dy, dv), x, kernel, bias)
 
 
+@pytest.fixture
+def on_a_kind(on_tpu):
+  """Returns a context in which programs are for a kind of TPU."""
+
+  def context(kind):
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), auto, abstract_device=device))
+
+  return context
+
+
 @pytest.mark.parametrize(
-  ("tokens", "heads", "alone", "mixed"),
-  [(577, 12, True, True), (655, 12, True, False), (901, 6, True, False), (1140, 6, False, False)],
-)
-def test_kernels_keep_to_what_fits_on_a_chip(tokens, heads, alone, mixed, on_tpu):
+  ("kind", "tokens", "heads", "alone", "mixed"),
+  [
+    ("TPU v5", 577, 12, True, True), ("TPU v5", 655, 12, True, False), ("TPU v5", 1140, 6, False, False),
+    ("TPU v5 lite", 655, 12, True, True), ("TPU v4", 197, 12, True, True), ("TPU v4", 577, 6, False, False),
+    ("TPU v3", 197, 12, False, False),
+  ],
+)  # fmt: skip
+def test_kernels_of_whole_images_keep_to_what_fits_on_a_chip(kind, tokens, heads, alone, mixed, on_a_kind):
   """577 tokens, 384 pixels, compile for v5p. Its compiler refused to mix 655, and 1140 alone: 72 of 64 MiB both."""
   q = jax.ShapeDtypeStruct((1, tokens, 35 * heads), jnp.bfloat16)
-  held = attention.REATTENTION_MAPS * heads
-  assert attention.is_fused(q, q, num_heads=heads) == alone
-  assert attention.is_fused(q, q, num_heads=heads, held=held) == mixed
+  with on_a_kind(kind):
+    assert attention.is_fused(q, q, num_heads=heads) == alone
+    assert attention.is_fused(q, q, num_heads=heads, held=attention.REATTENTION_MAPS * heads) == mixed
+
+
+@pytest.mark.parametrize(
+  ("kind", "side", "window", "dim", "width", "windows", "depthwise"),
+  [
+    ("TPU v4", 56, (7, 7), 96, 32, False, True),  # 21.7 of 16 MiB for the windows
+    ("TPU v4", 28, (7, 7), 192, 32, True, True),
+    ("TPU v4", 96, (96, 1), 48, 24, False, False),  # 24.0 of 16 MiB for the convolution of 96 channels
+    ("TPU v5", 56, (56, 1), 32, 32, True, True),
+    ("TPU v5", 96, (96, 1), 48, 24, False, True),  # CSWin-B at 384 pixels: 78.9 of 64 MiB
+    ("TPU v5 lite", 96, (96, 1), 48, 24, True, True),
+    ("TPU v3", 14, (7, 7), 384, 32, False, False),
+  ],
+)
+def test_kernels_of_windows_keep_to_what_fits_on_a_chip(kind, side, window, dim, width, windows, depthwise, on_a_kind):
+  """As compilers for these chips did or refused."""
+  x = jax.ShapeDtypeStruct((2, side * side, dim), jnp.bfloat16)
+  with on_a_kind(kind):
+    assert Windows((side, side), window).fits(x, width) == windows
+    assert fused_depthwise.fits(x.update(shape=(2, side, side, dim))) == depthwise
+
+
+def test_a_kind_without_kernels_is_named(on_a_kind):
+  q = jax.ShapeDtypeStruct((1, 20, 32), jnp.bfloat16)
+  with on_a_kind("TPU v3"), pytest.raises(vx.UserError, match="it is for TPU v4 and newer; choose auto or reference"):
+    attention.is_fused(q, q, num_heads=2, implementation="pallas")

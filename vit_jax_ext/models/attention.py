@@ -13,14 +13,13 @@ import jax.numpy as jnp
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models.fused_attention import fused_attention, packed_attention
 from vit_jax_ext.models.fused_reattention import covariance_sums, mix_heads
-from vit_jax_ext.models.kernels import unpack
+from vit_jax_ext.models.kernels import tiled_bytes, unpack, vmem_bytes
 
 # pallas: kernels that keep the maps on the chip (fused_attention); cudnn: NVIDIA's; half: XLA, logits and maps in
 # memory in half precision, as torch's autocast has its products; reference: XLA, in float32.
 IMPLEMENTATIONS = ("auto", "reference", "pallas", "cudnn", "half")
-# A kernel's program has this for its maps, float32 in tiles of (8, 128): a v5p has 64 MiB in all.
-MAP_BYTES = 60 * 2**20
-MAPS_AT_WORK = 14  # while it works on a head
+# Maps on the chip, float32.
+MAPS_AT_WORK = 14  # while a program works on a head
 REATTENTION_MAPS = 2  # of each head that it holds besides
 
 
@@ -253,9 +252,11 @@ def _obstacles(q, k, num_heads, drop, held=0) -> dict[str, str]:
   pallas = cudnn = "it has no dropout of attention weights" if drop else ""
   if where != "tpu":
     pallas = f"it is for TPUs, not {where}"
+  elif not vmem_bytes():
+    pallas = "it is for TPU v4 and newer"
   elif q.dtype not in (jnp.bfloat16, jnp.float32):
     pallas = f"it takes bfloat16 and float32, not {q.dtype}"
-  elif 4 * _tiled(q.shape[-2], 8) * _tiled(k.shape[-2], 128) * (MAPS_AT_WORK + held) > MAP_BYTES:
+  elif tiled_bytes((MAPS_AT_WORK + held, q.shape[-2], k.shape[-2]), 4) > vmem_bytes():
     pallas = f"maps of {q.shape[-2]} x {k.shape[-2]} tokens do not fit on the chip"
   if where != "gpu":
     cudnn = f"it is for NVIDIA GPUs, not {where}"
@@ -267,11 +268,6 @@ def _obstacles(q, k, num_heads, drop, held=0) -> dict[str, str]:
     cudnn = _cudnn_missing()
   half = "" if q.dtype in (jnp.bfloat16, jnp.float16) else f"it takes bfloat16 and float16, not {q.dtype}"
   return {"reference": "", "pallas": pallas, "cudnn": cudnn, "half": half}
-
-
-def _tiled(size: int, tile: int) -> int:
-  """Returns the least multiple of `tile` that holds `size`."""
-  return -(-size // tile) * tile
 
 
 @functools.cache

@@ -210,8 +210,10 @@ class FeatureAttention(layers.MultiHeadAttention):
       return self.attend(q, k, v, rngs)[0], jnp.zeros((batch, self.num_heads, tokens), int)
     size = tokens >> self.levels
     overlap = min(self.options.overlap, size)
-    pairs = jax.ShapeDtypeStruct((batch, tokens // (2 * size), 2 * size, dim), q.dtype)
-    if fused := self.is_fused(pairs, pairs, rngs):
+    # Pairs as they lie in memory: nothing moves, though a quarter of a map or more is masked.
+    windows, width = Windows((tokens // (2 * size), 2 * size), (1, 2 * size)), dim // self.num_heads
+    pairs = jax.ShapeDtypeStruct((batch, windows.number, 2 * size, dim), q.dtype)
+    if fused := self.is_fused(pairs, pairs, rngs) and windows.fits(q, width):
       order, place = fused_clustering.cluster_order(
         jax.lax.stop_gradient(q), self.num_heads, self.levels, self.options.iterations, SHARPNESS
       )
@@ -220,9 +222,8 @@ class FeatureAttention(layers.MultiHeadAttention):
       order, _ = balanced_clusters(heads, self.levels, self.options.iterations)
       place = jnp.argsort(order, axis=-1)
     arrays = permute([q, k, v], order, place, fused)
-    if fused:  # pairs as they lie in memory: nothing moves, though a quarter of a map or more is masked
-      pairs = Windows((tokens // (2 * size), 2 * size), (1, 2 * size))
-      y = attend_windows(*arrays, None, overlap_mask(size, overlap)[None], pairs, dim // self.num_heads, self.scale)
+    if fused:
+      y = attend_windows(*arrays, None, overlap_mask(size, overlap)[None], windows, width, self.scale)
     else:
       q, *others = (x.reshape(batch, -1, size, dim) for x in arrays)
       y, _ = self.attend(q, *(add_overlap(x, overlap) for x in others), rngs)

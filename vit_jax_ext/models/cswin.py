@@ -47,8 +47,8 @@ class StripeAttention(layers.MultiHeadAttention):
       share, shares: which of its equal sets of heads are meant.
     """
     batch, tokens, dim = x.shape
-    windows = Windows(self.grid, self.stripe)
-    if self.windows_are_fused(x, windows, rngs):
+    windows, share_of_x = Windows(self.grid, self.stripe), jax.ShapeDtypeStruct((batch, tokens, dim // shares), x.dtype)
+    if self.windows_are_fused(share_of_x, windows, rngs):
       if can_pack(dim // shares, self.num_heads):
         packed = qkv.side_by_side(x, self.num_heads, share, shares)
         y, v = attend_packed_stripes(packed, windows, self.num_heads, self.scale)

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from vit_jax_ext.models.kernels import VMEM_BYTES, like, on_each_device
+from vit_jax_ext.models.kernels import VMEM_BYTES, like, on_each_device, tiled_bytes, vmem_bytes
 
 TAPS = [(i, j) for i in range(3) for j in range(3)]
 TOKENS = 4096  # of the images that one program works on
@@ -82,10 +82,24 @@ def _backward_kernel(x_ref, kernel_ref, dy_ref, dx_ref, sums_ref, padded, padded
   sums_ref[0] += sums[...].sum(axis=1)
 
 
+def _bytes(x, images):
+  """Returns what the kernel of the backward pass takes on the chip with so many images of x in a program."""
+  _, rows, columns, dim = x.shape
+  padded = tiled_bytes((rows + 2, columns + 2, dim), 4)
+  # Three arrays, of which the next part is on its way while one is worked on.
+  return 2 * padded + 2 * 3 * images * tiled_bytes((rows, columns, dim), x.dtype.itemsize)
+
+
+def fits(x: jax.Array) -> bool:
+  """Returns whether the kernels have room on the chip for an image of x (images, rows, columns, C)."""
+  return _bytes(x, 1) <= vmem_bytes()
+
+
 def _call(kernel: Callable, arrays: Sequence[jax.Array], results, scratch, flops: int) -> Sequence[jax.Array]:
   """Calls a kernel over blocks of images; what has four axes is images, of all else every program sees the same."""
   images, rows, columns, _ = arrays[0].shape
-  block = max(d for d in range(1, images + 1) if images % d == 0 and (d == 1 or d * rows * columns <= TOKENS))
+  most = max(1, TOKENS // (rows * columns))
+  block = max(d for d in range(1, most + 1) if images % d == 0 and (d == 1 or _bytes(arrays[0], d) <= vmem_bytes()))
 
   def spec(x):
     if x.ndim == 4:

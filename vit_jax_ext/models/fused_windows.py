@@ -16,7 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax_ext.models.fused_attention import adder, backward_heads, forward_heads, thirds
-from vit_jax_ext.models.kernels import call, head_groups, head_shards, like, on_each_device, product_flops
+from vit_jax_ext.models.kernels import (
+  call,
+  head_groups,
+  head_shards,
+  like,
+  on_each_device,
+  product_flops,
+  tiled_bytes,
+  vmem_bytes,
+)
 
 SUBLANES = 8  # rows of a tile
 
@@ -60,6 +69,17 @@ class Windows:
       return pl.ds(start + index * columns, size)
     return pl.ds(start + index, size, stride=columns)
 
+  def fits(self, x: jax.ShapeDtypeStruct | jax.Array, width: int) -> bool:
+    """Returns whether the kernels that find windows have room on the chip for an image of x (B, tokens, C).
+
+    Args:
+      x: queries, or their like.
+      width: of a head.
+    """
+    tokens, dim = x.shape[1:]
+    working = tiled_bytes(_working_shape(self, tokens, dim, width), 4)
+    return 7 * (working + 2 * tiled_bytes((tokens, dim), x.dtype.itemsize)) <= vmem_bytes()
+
   def pad(self, x: jax.Array, fill: float) -> jax.Array:
     """Returns (n, windows' tokens, windows' tokens) in the order of the groups, each filled up to tiles.
 
@@ -79,6 +99,13 @@ class Windows:
 
 def _tiled(size: int) -> int:
   return -(-size // SUBLANES) * SUBLANES
+
+
+def _working_shape(windows: Windows, tokens: int, dim: int, width: int) -> tuple[int, int, int]:
+  """Returns the shape of an image in which windows are found, (parts of the lanes, tokens and more, lanes)."""
+  parts = head_groups(dim, width)
+  behind = _tiled(windows.groups[1]) * (1 if windows.by_rows else windows.grid[1])
+  return len(parts), tokens + behind, parts[0][0].size
 
 
 def _roll(source, target, grid, shift) -> None:
@@ -206,12 +233,9 @@ def _pad(bias, mask, windows):
 
 def _call(kernel, arrays, results, queries, products, images, windows, width, scale):
   """Calls a kernel that does `products` with `queries` or its like, with `images` images in float32."""
-  tokens, dim = queries.shape[2:]
-  behind = _tiled(windows.groups[1]) * (1 if windows.by_rows else windows.grid[1])
   kernel = functools.partial(kernel, windows=windows, width=width, scale=scale)
   flops = products * product_flops(dict(q=queries, k=queries)) // windows.number
-  parts = head_groups(dim, width)
-  return call(kernel, arrays, results, flops, [(len(parts), tokens + behind, parts[0][0].size)] * images)
+  return call(kernel, arrays, results, flops, [_working_shape(windows, *queries.shape[2:], width)] * images)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))

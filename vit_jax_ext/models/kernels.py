@@ -15,10 +15,26 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 LANES = 128
-VMEM_BYTES = 96 * 2**20  # that a program may use: a few maps of one head
+VMEM_BYTES = 96 * 2**20  # on the chip, that a program may use; `vmem_bytes` of chips that have less
+# MiB in all, by kind; none for those whose compiler has no products of bfloat16 in kernels.
+SMALL_VMEM = {"TPU v2": 0, "TPU v3": 0, "TPU v4": 16, "TPU v5": 64, "TPU v5p": 64, "TPU7x": 64}
 TOKENS = 512  # of the windows that one program works on
 
 Arrays = Mapping[str, jax.Array | None]
+
+
+def vmem_bytes() -> int:
+  """Returns what a kernel of the program that is being traced may use of its chip's memory, by the kind of TPU."""
+  mesh = jax.sharding.get_abstract_mesh()
+  known = not mesh.empty and mesh.abstract_device is not None
+  kind = mesh.abstract_device.device_kind if known else jax.devices()[0].device_kind
+  return min(VMEM_BYTES, SMALL_VMEM.get(kind, 128) * 15 * 2**16)
+
+
+def tiled_bytes(shape: Sequence[int], itemsize: int) -> int:
+  """Returns the bytes of an array on the chip, in tiles of 8 rows of 128 lanes."""
+  *others, rows, lanes = shape
+  return math.prod(others) * -(-rows // 8) * 8 * -(-lanes // LANES) * LANES * itemsize
 
 
 def product(

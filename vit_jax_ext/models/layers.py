@@ -22,9 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.models import initial
+from vit_jax_ext.models import fused_depthwise, initial
 from vit_jax_ext.models.attention import attend, attend_packed, is_fused, platform, widest
-from vit_jax_ext.models.fused_depthwise import depthwise_conv
 from vit_jax_ext.models.fused_windows import Windows
 from vit_jax_ext.models.kernels import can_pack, pack
 
@@ -282,8 +281,8 @@ class DepthwiseConv(Conv):
     x, kernel, bias = x.astype(self.dtype), self.kernel[...][:, :, 0].astype(dtype), self.bias[...].astype(dtype)
     shared = jax.sharding.get_abstract_mesh().shape.get("model", 1) > 1
     taken = platform() == "tpu" and x.dtype in (jnp.bfloat16, jnp.float32) and not shared
-    if taken and self.implementation != "reference":
-      return depthwise_conv(x, kernel.reshape(9, -1), bias[None], stripe)
+    if taken and self.implementation != "reference" and fused_depthwise.fits(x):
+      return fused_depthwise.depthwise_conv(x, kernel.reshape(9, -1), bias[None], stripe)
     if stripe is not None:
       stripes = partition_windows(x, stripe)
       return merge_windows(self(stripes.reshape(-1, *stripe, x.shape[-1])).reshape(stripes.shape), grid, stripe)
@@ -378,7 +377,7 @@ class MultiHeadAttention(nnx.Module):
   def windows_are_fused(self, x: jax.Array, windows: Windows, rngs: nnx.Rngs | None) -> bool:
     """Returns whether a kernel finds the windows of x (B, tokens, C) itself; a single one needs none."""
     tokens = jax.ShapeDtypeStruct((x.shape[0], windows.number, math.prod(windows.window), x.shape[-1]), x.dtype)
-    return windows.number > 1 and self.is_fused(tokens, tokens, rngs)
+    return windows.number > 1 and self.is_fused(tokens, tokens, rngs) and windows.fits(x, x.shape[-1] // self.num_heads)
 
   def _known(self, rngs: nnx.Rngs | None) -> dict[str, Any]:
     dropped = functools.partial(drop, self.attn_drop, rngs=rngs) if rngs and self.attn_drop.rate else None
