@@ -91,7 +91,7 @@ class CrossAttention(layers.MultiHeadAttention):
     y = jnp.einsum("bqhc,chd->bqhd", gathered, wv, preferred_element_type=wide)
     # What the weights sum to is 1 but for dropout.
     y += used.sum(axis=-1).swapaxes(1, 2)[..., None] * split_heads(self.wv.bias[...].astype(wide), self.num_heads)
-    return y.astype(dtype).reshape(len(x), 1, -1), attn
+    return y.astype(dtype).reshape(x.shape[0], 1, -1), attn  # not len(x): an export leaves it open
 
 
 class FusionBlock(nnx.Module):
