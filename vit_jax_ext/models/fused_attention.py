@@ -6,6 +6,7 @@ nothing is kept but q, k and v; the backward pass computes the maps again, which
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 
 import jax
@@ -16,6 +17,7 @@ from vit_jax_ext.models.kernels import (
   call,
   head_groups,
   head_shards,
+  heads_at_once,
   like,
   on_each_device,
   own_lanes,
@@ -26,32 +28,75 @@ from vit_jax_ext.models.kernels import (
 )
 
 
-def forward_heads(q, k, v, heads: range, width: int, scale: float, add: Callable) -> jax.Array:
-  """Returns attention of the heads that share some lanes, (queries, lanes) float32; `add(logits, head)` biases."""
-  y = jnp.zeros(q.shape, jnp.float32)
-  for i, head in enumerate(heads):
-    own = own_lanes(i, q.shape[-1], width)
-    weights, total = softmax(add(product(jnp.where(own, q, 0), k, 1, 1) * scale, head))
-    y = jnp.where(own, product(weights.astype(v.dtype), v, 1, 0) / total, y)
-  return y
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Heads that share some lanes.
+
+  Args:
+    q, k, v: (tokens, lanes), of all of them.
+    heads: their numbers.
+    add: `add(logits, head)` gives a head's logits with their bias and mask.
+    dy: gradient of the result, (tokens, lanes).
+  """
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  heads: range
+  add: Callable
+  dy: jax.Array | None = None
 
 
-def backward_heads(q, k, v, dy, heads: range, width: int, scale: float, add: Callable, dbias_ref=None):
-  """Returns the float32 gradients of q, k and v, and adds those of the logits to `dbias_ref` (heads, n, n)."""
-  dq, dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-  for i, head in enumerate(heads):
-    own = own_lanes(i, q.shape[-1], width)
-    own_q, own_dy = jnp.where(own, q, 0), jnp.where(own, dy, 0)
-    weights, total = softmax(add(product(own_q, k, 1, 1) * scale, head))
-    attn = weights / total
-    dv += product(attn.astype(v.dtype), own_dy, 0, 0)
-    dlogits = softmax_gradient(attn, product(own_dy, v, 1, 1))
-    if dbias_ref is not None:
-      dbias_ref[head] += dlogits
-    dlogits = (dlogits * scale).astype(q.dtype)
-    dq = jnp.where(own, product(dlogits, k, 1, 0), dq)
-    dk += product(dlogits, own_q, 0, 0)
-  return dq, dk, dv
+def _at_once(groups, width):
+  """Yields lists of (group, head, its lanes): each step is taken for all of a list, so that its results are at hand."""
+  every = [(x, head, own_lanes(i, x.q.shape[-1], width)) for x in groups for i, head in enumerate(x.heads)]
+  number = heads_at_once(len(groups[0].q), len(groups[0].k))
+  for first in range(0, len(every), number):
+    yield every[first : first + number]
+
+
+def _collect(results, each, found):
+  """Adds to `found` what the heads have in their own lanes, an array for each group."""
+  for result, (group, head, own) in zip(results, each, strict=True):
+    if head == group.heads[0]:
+      found.append(result)
+    else:
+      found[-1] = jnp.where(own, result, found[-1])
+
+
+def forward_heads(groups: list[Group], width: int, scale: float) -> list[jax.Array]:
+  """Returns the attention of each group's heads, (queries, lanes) float32.
+
+  Args:
+    groups: all with as many queries and keys.
+    width: of a head.
+    scale: of the logits.
+  """
+  found = []
+  for each in _at_once(groups, width):
+    logits = [x.add(product(jnp.where(own, x.q, 0), x.k, 1, 1) * scale, head) for x, head, own in each]
+    weights = [softmax(x, groups[0].q.dtype) for x in logits]
+    pairs = zip(weights, each, strict=True)
+    _collect([product(w.astype(x.v.dtype), x.v, 1, 0) * inverse for (w, inverse), (x, *_) in pairs], each, found)
+  return found
+
+
+def backward_heads(
+  groups: list[Group], width: int, scale: float
+) -> tuple[list[tuple[jax.Array, jax.Array, jax.Array]], list[jax.Array]]:
+  """Returns the float32 gradients of each group's q, k and v, and of the logits of each head in turn."""
+  dqs, dks, dvs, every = [], [], [], []
+  for each in _at_once(groups, width):
+    logits = [x.add(product(jnp.where(own, x.q, 0), x.k, 1, 1) * scale, head) for x, head, own in each]
+    dattn = [product(jnp.where(own, x.dy, 0), x.v, 1, 1) for x, _, own in each]
+    attn = [weights * inverse for weights, inverse in (softmax(x, groups[0].q.dtype) for x in logits)]
+    _collect([product(a.astype(x.dy.dtype), x.dy, 0, 0) for a, (x, *_) in zip(attn, each, strict=True)], each, dvs)
+    dlogits = [softmax_gradient(a, d) for a, d in zip(attn, dattn, strict=True)]
+    rounded = [(d * scale).astype(x.q.dtype) for d, (x, *_) in zip(dlogits, each, strict=True)]
+    _collect([product(d, x.k, 1, 0) for d, (x, *_) in zip(rounded, each, strict=True)], each, dqs)
+    _collect([product(d, x.q, 0, 0) for d, (x, *_) in zip(rounded, each, strict=True)], each, dks)
+    every += dlogits
+  return list(zip(dqs, dks, dvs, strict=True)), every
 
 
 def adder(bias_ref, mask_ref, window) -> Callable:
@@ -68,9 +113,9 @@ def adder(bias_ref, mask_ref, window) -> Callable:
 def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, y_ref, *, width, scale):
   @pl.loop(0, y_ref.shape[1])
   def _(window):
-    for lanes, heads in head_groups(y_ref.shape[-1], width):
-      q, k, v = (ref[0, window, :, lanes] for ref in (q_ref, k_ref, v_ref))
-      y = forward_heads(q, k, v, heads, width, scale, adder(bias_ref, mask_ref, window))
+    parts, add = head_groups(y_ref.shape[-1], width), adder(bias_ref, mask_ref, window)
+    groups = [Group(*(ref[0, window, :, lanes] for ref in (q_ref, k_ref, v_ref)), heads, add) for lanes, heads in parts]
+    for (lanes, _), y in zip(parts, forward_heads(groups, width, scale), strict=True):
       y_ref[0, window, :, lanes] = y.astype(y_ref.dtype)
 
 
@@ -85,12 +130,18 @@ def _backward_kernel(
 
   @pl.loop(0, dy_ref.shape[1])
   def _(window):
-    for lanes, heads in head_groups(dy_ref.shape[-1], width):
+    parts, add = head_groups(dy_ref.shape[-1], width), adder(bias_ref, mask_ref, window)
+    groups = []
+    for lanes, heads in parts:
       q, k, v, dy = (ref[0, window, :, lanes] for ref in (q_ref, k_ref, v_ref, dy_ref))
-      add, own_dbias = adder(bias_ref, mask_ref, window), None if dbias_ref is None else dbias_ref.at[0]
-      gradients = backward_heads(q, k, v, dy, heads, width, scale, add, own_dbias)
-      for ref, x in zip((dq_ref, dk_ref, dv_ref), gradients, strict=True):
+      groups.append(Group(q, k, v, heads, add, dy))
+    gradients, dlogits = backward_heads(groups, width, scale)
+    for (lanes, _), three in zip(parts, gradients, strict=True):
+      for ref, x in zip((dq_ref, dk_ref, dv_ref), three, strict=True):
         ref[0, window, :, lanes] = x.astype(ref.dtype)
+    if dbias_ref is not None:
+      for head, x in enumerate(dlogits):
+        dbias_ref[0, head] += x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))

@@ -2,8 +2,9 @@
 
 Features never move while they are clustered. What a level needs of the order is each token's place in it, so a kernel
 finds the centroids of all groups at once, as products with a matrix (group, token) that it makes on the chip, and gives
-back one number a token, by which XLA sorts. The levels are rounds of one loop, whose two sorts compile once. Nor does a
-permutation move rows one by one: it is a product with a matrix of zeros and ones, made on the chip as well.
+back one number a token, by which XLA sorts. The levels are rounds of one loop, whose two sorts compile once. A
+permutation is a product with a matrix of zeros and ones, made on the chip as well, or moves rows one by one where they
+are so many that this takes less.
 """
 
 import functools
@@ -12,9 +13,12 @@ import jax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from vit_jax_ext.models.kernels import call, head_groups, like, on_each_device, own_lanes, product
+from vit_jax_ext.models.kernels import LANES, call, head_groups, like, on_each_device, own_lanes, product
 
 ROWS = 512  # of a permutation's matrix that are made at a time
+MANY = 1024  # tokens from which on rows are moved one by one: a product's time grows with the square of their number
+UNROLLED = 16  # rows
+ROW_FLOPS = 2**18  # what a product would do in the two cycles that a row takes, by the compiler's schedule
 
 
 def _precise(a, x, axis_a, axis_x):
@@ -88,7 +92,8 @@ def cluster_order(
       sizes = jnp.full((len(token), 1, 1), size)
       flops = 4 * (iterations + 1) * 2**levels * arrays["q"].size
       (ratio,) = call(kernel, {**arrays, "place": place, "size_scalars": sizes}, {"ratio": result}, flops)
-      *_, order = jax.lax.sort((place // size, ratio, place, token), num_keys=3, is_stable=False)
+      group = ((place + 0.5) / size).astype(jnp.int32)  # there is no division of integers on the chip
+      *_, order = jax.lax.sort((group, ratio, place, token), num_keys=3, is_stable=False)
       return order, jax.lax.sort((order, token), num_keys=1, is_stable=False)[1]
 
     return jax.lax.fori_loop(0, levels, halve, (token, token))
@@ -118,6 +123,29 @@ def _move_kernel(index_ref, *refs, width):
       fill(tokens - tokens % ROWS, tokens % ROWS)
 
 
+def _move_rows_kernel(index_ref, *refs, width):
+  """Rows that can be anywhere are those of float32 arrays of 128 lanes: one for a head's share of several arrays."""
+  *refs, source, target = refs
+  pairs, tokens = list(zip(refs[: len(refs) // 2], refs[len(refs) // 2 :], strict=True)), refs[0].shape[2]
+  several = LANES // width
+  for head in range(refs[0].shape[3] // width):
+    lanes = pl.ds(head * width, width)
+    for first in range(0, len(pairs), several):
+      some = pairs[first : first + several]
+      for i, (x_ref, _) in enumerate(some):
+        source[:, i * width : (i + 1) * width] = x_ref[0, 0, :, lanes].astype(jnp.float32)
+
+      @pl.loop(0, tokens // UNROLLED)
+      def _(block, head=head):
+        row = pl.multiple_of(block * UNROLLED, UNROLLED)
+        places = [index_ref[0, 0, head * tokens + row + i] for i in range(UNROLLED)]
+        for i, place in enumerate(places):
+          target[pl.ds(place, 1)] = source[pl.ds(row + i, 1)]
+
+      for i, (_, y_ref) in enumerate(some):
+        y_ref[0, 0, :, lanes] = target[:, i * width : (i + 1) * width].astype(y_ref.dtype)
+
+
 def move(arrays: list[jax.Array], index: jax.Array) -> list[jax.Array]:
   """Moves tokens, for each head those of its own: row n becomes row index[b, h, n]. Exact.
 
@@ -126,12 +154,18 @@ def move(arrays: list[jax.Array], index: jax.Array) -> list[jax.Array]:
     index: a permutation, (B, heads, tokens) int32.
   """
   heads, tokens = index.shape[1:]
-  kernel = functools.partial(_move_kernel, width=arrays[0].shape[-1] // heads)
-  names = ["q", "k", "v"][: len(arrays)]
+  width, names = arrays[0].shape[-1] // heads, ["q", "k", "v"][: len(arrays)]
 
   def run(given):
-    flops = 2 * len(names) * given["q"].size * tokens
-    return call(kernel, given, {f"d{name}": like(given[name]) for name in names}, flops)
+    found, index = {name: given[name] for name in names}, given["index"]
+    results = {f"d{name}": like(x) for name, x in found.items()}
+    if tokens < MANY or tokens % UNROLLED or width > LANES:
+      kernel = functools.partial(_move_kernel, width=width)
+      return call(kernel, {"index": index, **found}, results, 2 * len(names) * found["q"].size * tokens)
+    kernel = functools.partial(_move_rows_kernel, width=width)
+    found = {"index_scalars": index.reshape(len(index), 1, -1), **found}
+    flops = ROW_FLOPS * index.size * -(-len(names) // (LANES // width))
+    return call(kernel, found, results, flops, [(tokens, LANES)] * 2)
 
   given = {"index": index, **{name: x[:, None] for name, x in zip(names, arrays, strict=True)}}
   return [y[:, 0] for y in on_each_device(run, given, [f"d{name}" for name in names], heads)]

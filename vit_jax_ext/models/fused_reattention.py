@@ -53,8 +53,9 @@ def _make_maps(q_ref, k_ref, maps, width, scale):
   if maps.shape[1] > tokens:
     maps[:, tokens:] = jnp.zeros((len(maps), maps.shape[1] - tokens, tokens), jnp.float32)
   for head, lanes, own in _each_head(q_ref, width):
-    weights, total = softmax(product(_own(q_ref, lanes, own), k_ref[0, 0, :, lanes], 1, 1) * scale)
-    maps[head, :tokens] = weights / total - 1 / tokens
+    logits = product(_own(q_ref, lanes, own), k_ref[0, 0, :, lanes], 1, 1) * scale
+    weights, inverse = softmax(logits, q_ref.dtype)
+    maps[head, :tokens] = weights * inverse - 1 / tokens
 
 
 def _spread(num_heads):

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax_ext.models.fused_attention import adder, backward_heads, forward_heads, thirds
+from vit_jax_ext.models.fused_attention import Group, adder, backward_heads, forward_heads, thirds
 from vit_jax_ext.models.kernels import (
   call,
   head_groups,
@@ -28,6 +28,7 @@ from vit_jax_ext.models.kernels import (
 )
 
 SUBLANES = 8  # rows of a tile
+HEADS = 12  # of small windows that are worked on together; with 24 the schedules are a little longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,17 +159,32 @@ def _store(image, x, part, window, lanes, windows) -> None:
     image[part, windows.group(window, i, size), : lanes.size] = x[first : first + size]
 
 
+def _at_once(windows, parts) -> int:
+  """Returns how many windows are worked on together, as one waits less beside others."""
+  most = max(1, HEADS // sum(len(heads) for _, heads in parts))
+  return max(d for d in range(1, most + 1) if windows.number % d == 0)
+
+
+def _places(first, several, parts):
+  """Returns window, part, its lanes and heads of all that is worked on together."""
+  return [(first + i, part, lanes, heads) for i in range(several) for part, (lanes, heads) in enumerate(parts)]
+
+
 def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, y_ref, *images, windows, width, scale):
   *sources, target = images
   parts = head_groups(q_ref.shape[-1], width)
   for ref, image in zip((q_ref, k_ref, v_ref), sources, strict=True):
     _read(ref, image, target, parts, windows)
 
-  @pl.loop(0, windows.number)
-  def _(window):
-    for part, (lanes, heads) in enumerate(parts):
+  several = _at_once(windows, parts)
+
+  @pl.loop(0, windows.number // several)
+  def _(turn):
+    places, groups = _places(turn * several, several, parts), []
+    for window, part, lanes, heads in places:
       q, k, v = (_load(image, part, window, lanes, windows, q_ref.dtype) for image in sources)
-      y = forward_heads(q, k, v, heads, width, scale, adder(bias_ref, mask_ref, window))
+      groups.append(Group(q, k, v, heads, adder(bias_ref, mask_ref, window)))
+    for (window, part, lanes, _), y in zip(places, forward_heads(groups, width, scale), strict=True):
       _store(target, y, part, window, lanes, windows)
 
   _write(target, y_ref, sources[0], parts, windows)
@@ -185,14 +201,22 @@ def _backward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, dy_ref, *refs, win
   number, size = windows.groups
   slot = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (number * _tiled(size), 1), 0), _tiled(size))
 
-  @pl.loop(0, windows.number)
-  def _(window):
-    for part, (lanes, heads) in enumerate(parts):
+  several = _at_once(windows, parts)
+
+  @pl.loop(0, windows.number // several)
+  def _(turn):
+    places, groups = _places(turn * several, several, parts), []
+    for window, part, lanes, heads in places:
       q, k, v, dy = (_load(image, part, window, lanes, windows, q_ref.dtype) for image in sources)
-      dy = jnp.where(slot < size, dy, 0)
-      add = adder(bias_ref, mask_ref, window)
-      for image, x in zip(targets, backward_heads(q, k, v, dy, heads, width, scale, add, dbias_ref), strict=True):
+      groups.append(Group(q, k, v, heads, adder(bias_ref, mask_ref, window), jnp.where(slot < size, dy, 0)))
+    gradients, dlogits = backward_heads(groups, width, scale)
+    for (window, part, lanes, _), three in zip(places, gradients, strict=True):
+      for image, x in zip(targets, three, strict=True):
         _store(image, x, part, window, lanes, windows)
+    if dbias_ref is not None:
+      heads = dbias_ref.shape[0]
+      for head in range(heads):
+        dbias_ref[head] += sum(dlogits[head::heads])
 
   for image, ref in zip(targets, results, strict=True):
     _write(image, ref, sources[0], parts, windows)

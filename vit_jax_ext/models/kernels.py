@@ -15,6 +15,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 LANES = 128
+MAPS_SHARE = 16  # of the chip's memory, that logits of the heads that are worked on together take at most, as 1 / share
 VMEM_BYTES = 96 * 2**20  # on the chip, that a program may use; `vmem_bytes` of chips that have less
 # MiB in all, by kind; none for those whose compiler has no products of bfloat16 in kernels.
 SMALL_VMEM = {"TPU v2": 0, "TPU v3": 0, "TPU v4": 16, "TPU v5": 64, "TPU v5p": 64, "TPU7x": 64}
@@ -37,6 +38,11 @@ def tiled_bytes(shape: Sequence[int], itemsize: int) -> int:
   return math.prod(others) * -(-rows // 8) * 8 * -(-lanes // LANES) * LANES * itemsize
 
 
+def heads_at_once(queries: int, keys: int) -> int:
+  """Returns how many heads' maps are worked on together. One waits less for the units' results beside others."""
+  return max(1, vmem_bytes() // (MAPS_SHARE * tiled_bytes((queries, keys), 4)))
+
+
 def product(
   a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, precision: jax.lax.Precision | None = None
 ) -> jax.Array:
@@ -45,10 +51,20 @@ def product(
   return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
-def softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns exponentials and their sums over the last axis: divide where there is less to divide."""
+def softmax(logits: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+  """Returns exponentials and the inverses of their sums over the last axis: multiply where there is less of it.
+
+  Args:
+    logits: float32.
+    dtype: of what the maps meet; for bfloat16 the inverses may be a hundredth of its precision off.
+  """
   weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-  return weights, weights.sum(axis=-1, keepdims=True)
+  total = weights.sum(axis=-1, keepdims=True)
+  if dtype != jnp.bfloat16:
+    return weights, 1 / total
+  # What a division does, without its care for sums that are zero or infinite: the largest weight is 1.
+  inverse = pl.reciprocal(total, approx=True)
+  return weights, inverse * (2 - total * inverse)
 
 
 def softmax_gradient(attn: jax.Array, dattn: jax.Array) -> jax.Array:
