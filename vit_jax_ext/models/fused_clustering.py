@@ -21,19 +21,20 @@ UNROLLED = 16  # rows
 ROW_FLOPS = 2**18  # what a product would do in the two cycles that a row takes, by the compiler's schedule
 
 
-def _precise(a, x, axis_a, axis_x):
+def _precise(a, x, axis_a, axis_x, number=3):
   """Returns `kernels.product` of float32 a with x to full precision.
 
-  Three bfloat16 numbers make up a float32 one; with bfloat16 x one product of the three, side by side, does.
+  Three bfloat16 numbers make up a float32 one; with bfloat16 x one product of the three, side by side, does. For zeros
+  and ones a `number` of 1 is enough.
   """
   if x.dtype != jnp.bfloat16:
     return product(a, x, axis_a, axis_x, jax.lax.Precision.HIGHEST)
   parts = []
-  for _ in range(3):
+  for _ in range(number):
     parts.append(a.astype(x.dtype))
     a = a - parts[-1].astype(jnp.float32)
   whole = product(jnp.concatenate(parts, axis=0), x, axis_a, axis_x)
-  return sum(whole[i * len(a) : (i + 1) * len(a)] for i in range(3))
+  return sum(whole[i * len(a) : (i + 1) * len(a)] for i in range(number))
 
 
 def _ratio_kernel(x_ref, place_ref, size_ref, ratio_ref, *, width, groups, iterations, sharpness):
@@ -42,20 +43,22 @@ def _ratio_kernel(x_ref, place_ref, size_ref, ratio_ref, *, width, groups, itera
     x = x_ref[0, 0, :, lanes]
     square = jnp.square(x.astype(jnp.float32))
     start = jax.lax.broadcasted_iota(jnp.int32, (groups, len(x)), 0) * size
-    for i, head in enumerate(heads):
-      own = own_lanes(i, lanes.size, width)
-      norm = jnp.maximum(jnp.sqrt(_precise(own.astype(jnp.float32), square, 1, 1)), 1e-12)
+    every = [own_lanes(i, lanes.size, width) for i in range(len(heads))]
+    squares = _precise(jnp.concatenate([own.astype(jnp.float32) for own in every], axis=0), square, 1, 1)
+    norms = jnp.maximum(jnp.sqrt(squares), 1e-12)
+    for i, (head, own) in enumerate(zip(heads, every, strict=True)):
+      norm = norms[i : i + 1]
       within = place_ref[0, pl.ds(head, 1)] - start
       inside = (within >= 0) & (within < size)
 
-      def cosines(first, x=x, own=own, norm=norm, inside=inside):
+      def cosines(first, number=3, x=x, own=own, norm=norm, inside=inside):
         weights = jnp.concatenate([jnp.where(inside, w, 0) for w in (first, 1 - first)], axis=0)
-        centroids = jnp.where(own, _precise(weights, x, 1, 0), 0)
+        centroids = jnp.where(own, _precise(weights, x, 1, 0, number), 0)
         length = jnp.sqrt((centroids * centroids).sum(axis=1, keepdims=True))
         cosine = _precise(centroids / jnp.maximum(length, 1e-12), x, 1, 1)
         return [jnp.where(inside, c, 0).sum(axis=0, keepdims=True) / norm for c in (cosine[:groups], cosine[groups:])]
 
-      c0, c1 = cosines((2 * within < size).astype(jnp.float32))
+      c0, c1 = cosines((2 * within < size).astype(jnp.float32), 1)
       for _ in range(iterations):
         c0, c1 = cosines(1 / (1 + jnp.exp(sharpness * (c1 - c0))))
       ratio_ref[0, pl.ds(head, 1)] = (c0 + 1) / (c1 + 1)
