@@ -163,9 +163,10 @@ def test_clustering_by_kernels_is_the_same(heads, tokens, width, levels, iterati
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
-  ("heads", "tokens", "width"), [(3, 32, 48), (2, 8, 4), (1, 1032, 2), (3, 1040, 32), (2, 1024, 100)]
+  ("heads", "tokens", "width"), [(3, 32, 48), (2, 8, 4), (1, 1032, 2), (3, 48, 32), (2, 64, 100)]
 )
-def test_permutations_and_their_gradients(heads, tokens, width, fused, interpreted):
+def test_permutations_and_their_gradients(heads, tokens, width, fused, interpreted, monkeypatch):
+  monkeypatch.setattr(fused_clustering, "MANY", 48)  # rows are moved one by one, but in 1032, which 16 does not divide
   rng = np.random.default_rng(0)
   order = rng.permuted(np.broadcast_to(np.arange(tokens, dtype=np.int32), (2, heads, tokens)), axis=-1)
   place = np.argsort(order, axis=-1).astype(np.int32)
