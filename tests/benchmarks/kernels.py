@@ -2,7 +2,8 @@
 
 Run: python tests/benchmarks/kernels.py [MODEL ...]
 Needs libtpu and no TPU. A schedule is a list of bundles, one a cycle; what is in a loop counts as often as it runs.
-Waits for memory are not in it. Beside the cycles of a step, of what each unit could do in them, the share that it does.
+Waits for memory are not in it; a loop over images has two rounds more than images, for what comes before and after.
+Beside the cycles of a step, of what each unit could do in them, the share that it does.
 """
 
 import collections

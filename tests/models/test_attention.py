@@ -79,6 +79,26 @@ def test_the_kernel_is_attention(images, windows, queries, keys, dim, heads, mas
   check_same(fused, plain, dy, q, k, v, *[bias][: int(masked)])
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_kernel_is_attention_however_many_heads_are_taken_together(number, monkeypatch):
+  asked = []
+  monkeypatch.setattr("vit_jax_ext.models.fused_attention.heads_at_once", lambda *shape: asked.append(shape) or number)
+  q, k, v, dy = draw(*[(1, 1, 10, 160)] * 4)  # groups of four heads and of one
+
+  def plain(q, k, v):
+    return plain_weigh(plain_maps(q, k, 5, 0.3), v)
+
+  check_same(lambda q, k, v: fused_attention(q, k, v, None, None, 32, 0.3), plain, dy, q, k, v)
+  assert set(asked) == {(10, 10)}
+
+
+def test_the_kernel_is_attention_in_half_precision():
+  q, k, v = (x.astype(jnp.bfloat16) for x in draw(*[(1, 1, 40, 64)] * 3))
+  y = fused_attention(q, k, v, None, None, 32, 0.3).astype(jnp.float32)
+  expected = plain_weigh(plain_maps(*(x.astype(jnp.float32) for x in (q, k)), 2, 0.3), v.astype(jnp.float32))
+  np.testing.assert_allclose(y, expected, atol=2**-7 * float(jnp.abs(expected).max()))
+
+
 @pytest.mark.parametrize(("dim", "heads"), [(128, 2), (256, 4), (384, 3)])
 def test_one_projection_gives_all_that_the_kernel_reads(dim, heads):
   """Values, maps and the gradients of tokens, kernel and bias."""

@@ -159,7 +159,7 @@ def _store(image, x, part, window, lanes, windows) -> None:
     image[part, windows.group(window, i, size), : lanes.size] = x[first : first + size]
 
 
-def _at_once(windows, parts) -> int:
+def _windows_at_once(windows, parts) -> int:
   """Returns how many windows are worked on together, as one waits less beside others."""
   most = max(1, HEADS // sum(len(heads) for _, heads in parts))
   return max(d for d in range(1, most + 1) if windows.number % d == 0)
@@ -176,7 +176,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, y_ref, *images, win
   for ref, image in zip((q_ref, k_ref, v_ref), sources, strict=True):
     _read(ref, image, target, parts, windows)
 
-  several = _at_once(windows, parts)
+  several = _windows_at_once(windows, parts)
 
   @pl.loop(0, windows.number // several)
   def _(turn):
@@ -201,7 +201,7 @@ def _backward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, dy_ref, *refs, win
   number, size = windows.groups
   slot = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (number * _tiled(size), 1), 0), _tiled(size))
 
-  several = _at_once(windows, parts)
+  several = _windows_at_once(windows, parts)
 
   @pl.loop(0, windows.number // several)
   def _(turn):
@@ -214,9 +214,9 @@ def _backward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, dy_ref, *refs, win
       for image, x in zip(targets, three, strict=True):
         _store(image, x, part, window, lanes, windows)
     if dbias_ref is not None:
-      heads = dbias_ref.shape[0]
-      for head in range(heads):
-        dbias_ref[head] += sum(dlogits[head::heads])
+      number_of_heads = dbias_ref.shape[0]
+      for head in range(number_of_heads):
+        dbias_ref[head] += sum(dlogits[head::number_of_heads])
 
   for image, ref in zip(targets, results, strict=True):
     _write(image, ref, sources[0], parts, windows)

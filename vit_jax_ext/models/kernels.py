@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 LANES = 128
-MAPS_SHARE = 16  # of the chip's memory, that logits of the heads that are worked on together take at most, as 1 / share
+MAPS_SHARE = 16  # logits of the heads that are worked on together take at most 1 / MAPS_SHARE of the chip's memory
 VMEM_BYTES = 96 * 2**20  # on the chip, that a program may use; `vmem_bytes` of chips that have less
 # MiB in all, by kind; none for those whose compiler has no products of bfloat16 in kernels.
 SMALL_VMEM = {"TPU v2": 0, "TPU v3": 0, "TPU v4": 16, "TPU v5": 64, "TPU v5p": 64, "TPU7x": 64}
