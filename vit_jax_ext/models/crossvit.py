@@ -17,6 +17,7 @@ import numpy as np
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers
 from vit_jax_ext.models.attention import split_heads, widest
+from vit_jax_ext.models.gelu import gelu
 from vit_jax_ext.models.kernels import head_shards
 from vit_jax_ext.models.layers import Attention, Block, Conv, LayerNorm, Linear, Sequential, drop
 
@@ -118,7 +119,7 @@ class FusionBlock(nnx.Module):
 
 def projection(dim_in: int, dim_out: int, **kw) -> Sequential:
   """The paper's f and g between widths: LayerNorm, GELU, Linear."""
-  return Sequential([LayerNorm(dim_in, stream=True, **kw), layers.gelu, Linear(dim_in, dim_out, **kw)])
+  return Sequential([LayerNorm(dim_in, stream=True, **kw), gelu, Linear(dim_in, dim_out, **kw)])
 
 
 class MultiScaleBlock(nnx.Module):
