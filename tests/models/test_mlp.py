@@ -1,13 +1,24 @@
-"""GELU as TPUs compute it, against SciPy."""
+"""GELU and the MLP half of a block as TPUs compute them, against SciPy and plain jnp, the kernels interpreted."""
 
+import functools
+
+from flax import nnx
 import jax
+from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import ml_dtypes
 import numpy as np
 import pytest
 import scipy.special
 
-from vit_jax_ext.models import gelu
+from vit_jax_ext.models import fused_mlp, gelu, layers, pyramid
+
+
+def draw(*shapes, seed=0):
+  rng = np.random.default_rng(seed)
+  return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
 @pytest.mark.parametrize("largest", [0.01, 1, 12, 1e4, 3e38])
@@ -38,3 +49,104 @@ def test_gelu_of_all_bfloat16_numbers_on_tpus(monkeypatch):
   slope = scipy.special.ndtr(numbers.astype(np.float64)) + numbers.astype(np.float64) * density
   (ours,) = back(jnp.ones_like(numbers))
   np.testing.assert_allclose(np.asarray(ours, np.float64), slope, rtol=2**-8, atol=2e-5)
+
+
+def parameters(dim, hidden):
+  scale, *others = draw((dim,), (dim,), (dim, hidden), (hidden,), (hidden, dim), (dim,), seed=1)
+  scale, bias, w1, b1, w2, b2 = 1 + 0.1 * scale, *(0.2 * x for x in others)
+  return (scale, bias), (w1, b1), (w2, b2)
+
+
+def plain(x, keep, norm, fc1, fc2):
+  mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+  normed = (x - mean) / jnp.sqrt(variance + 1e-5) * norm[0] + norm[1]
+  hidden = jnp.dot(normed, fc1[0], precision="highest") + fc1[1]
+  hidden = hidden * (1 + jax.lax.erf(hidden / 2**0.5)) / 2
+  return x + keep * (jnp.dot(hidden, fc2[0], precision="highest") + fc2[1])
+
+
+def gradients(function, x, keep, dy, *others):
+  y, back = jax.vjp(lambda x, *others: function(x, keep, *others), x, *others)
+  return y, back(dy)
+
+
+def fused(dtype):
+  return lambda x, keep, *others: fused_mlp.add_mlp(x, keep, *others, 1e-5, dtype)
+
+
+@pytest.mark.parametrize(
+  ("tokens", "dim", "held"), [(300, 24, 128 * 96), (300, 24, 2**18), (256, 16, 1), (49, 40, 2**18), (128, 8, 2**18)]
+)
+def test_the_kernels_are_the_mlp_half_of_a_block(tokens, dim, held, monkeypatch):
+  """Values and all gradients: tokens in several steps, with and without a rest, or in one; one image is dropped."""
+  monkeypatch.setattr(fused_mlp, "HELD", held)
+  x, dy = draw(*[(3, tokens, dim)] * 2)
+  keep = jnp.asarray([0.0, 1.25, 1.0]).reshape(3, 1, 1)
+  with pltpu.force_tpu_interpret_mode(), jax.default_matmul_precision("highest"):
+    ours = jax.jit(functools.partial(gradients, fused(jnp.float32)))(x, keep, dy, *parameters(dim, 4 * dim))
+  theirs = jax.jit(functools.partial(gradients, plain))(x, keep, dy, *parameters(dim, 4 * dim))
+  for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+    assert a.shape == b.shape and a.dtype == jnp.float32
+    np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
+  np.testing.assert_array_equal(ours[0][0], x[0])
+
+
+def test_devices_sum_up_the_gradients_of_their_images():
+  """Four devices with an image each, and three images that do not divide, which all devices get."""
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2, 1), ("data", "fsdp0", "model"))
+  for images in (4, 3):
+    x, dy = draw(*[(images, 20, 16)] * 2)
+    arguments = (x, jnp.ones((images, 1, 1)), dy, *parameters(16, 32))
+    with pltpu.force_tpu_interpret_mode(), jax.default_matmul_precision("highest"):
+      alone = jax.jit(functools.partial(gradients, fused(jnp.float32)))(*arguments)
+      by_image = NamedSharding(mesh, P(("data", "fsdp0")) if images == 4 else P())
+      placed = [*(jax.device_put(x, by_image) for x in arguments[:3]), *arguments[3:]]
+      with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        split = jax.jit(functools.partial(gradients, fused(jnp.float32)))(*placed)
+    for a, b in zip(*map(jax.tree.leaves, (split, alone)), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-6 * float(jnp.abs(b).max()))
+
+
+def test_a_block_is_the_same_with_the_kernels(monkeypatch):
+  """Also which images it drops; the kernels round less, so this is bfloat16's precision."""
+
+  class Block(pyramid.PyramidBlock):
+    def attend(self, x, rngs):
+      return x, {}
+
+  kw = dict(dtype=jnp.bfloat16, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+  graphdef, params, rest = nnx.split(Block(16, 4.0, 0.0, 0.5, **kw), nnx.Param, ...)
+  x, dy = draw(*[(8, 40, 16)] * 2)
+
+  def run(params, x):
+    def values(params, x):
+      return nnx.merge(graphdef, params, rest)(x, nnx.Rngs(1))[0]
+
+    y, back = jax.vjp(values, params, x)
+    return y, back(dy)
+
+  theirs = run(params, x)
+  for module in (layers, gelu):
+    monkeypatch.setattr(module, "platform", lambda: "tpu")
+  with pltpu.force_tpu_interpret_mode():
+    assert "pallas_call" in str(jax.make_jaxpr(run)(params, x))
+    ours = run(params, x)
+  dropped = np.asarray((theirs[0] == x).all((1, 2)))
+  assert 0 < dropped.sum() < 8
+  np.testing.assert_array_equal((ours[0] == x).all((1, 2)), dropped)
+  for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+    assert np.linalg.norm(a - b) < 1e-2 * np.linalg.norm(b)
+
+
+def test_dropout_and_wide_tokens_are_left_to_xla(monkeypatch):
+  monkeypatch.setattr(layers, "platform", lambda: "tpu")
+  kw = dict(dtype=jnp.bfloat16, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+  x = jax.ShapeDtypeStruct((2, 196, 16), jnp.float32)
+  mlp = layers.Mlp(16, 64, 0.1, **kw)
+  assert mlp.is_fused(x, None) and not mlp.is_fused(x, nnx.Rngs(0))
+  assert layers.Mlp(16, 64, **kw).is_fused(x, nnx.Rngs(0))
+  assert not layers.Mlp(16, 64, **kw | dict(dtype=jnp.float32)).is_fused(x, None)
+  assert not layers.Mlp(256, 1024, **kw).is_fused(x.update(shape=(2, 196, 256)), None)
+  mesh = jax.sharding.AbstractMesh((2, 2), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert not mlp.is_fused(x, None)

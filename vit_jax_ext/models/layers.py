@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.models import fused_depthwise, initial
+from vit_jax_ext.models import fused_depthwise, fused_mlp, initial
 from vit_jax_ext.models.attention import attend, attend_packed, is_fused, platform, widest
 from vit_jax_ext.models.fused_windows import Windows
 from vit_jax_ext.models.gelu import gelu
@@ -294,6 +294,16 @@ class Mlp(nnx.Module):
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
     x = drop(self.drop, gelu(self.fc1(x)), rngs)
     return drop(self.drop, self.fc2(x), rngs)
+
+  def is_fused(self, x: jax.Array, rngs: nnx.Rngs | None) -> bool:
+    """Returns whether `add_to` does this MLP, after a norm of x, by a kernel for TPUs."""
+    takes = platform() == "tpu" and self.fc1.dtype == jnp.bfloat16 and not (rngs and self.drop.rate)
+    return takes and fused_mlp.fits(x, self.fc1.out_features)
+
+  def add_to(self, x: jax.Array, keep: jax.Array, norm: LayerNorm) -> jax.Array:
+    """Returns x + keep * self(norm(x)) where `is_fused`."""
+    fc1, fc2 = ((layer.kernel[...], layer.bias[...]) for layer in (self.fc1, self.fc2))
+    return fused_mlp.add_mlp(x, keep, (norm.scale[...], norm.bias[...]), fc1, fc2, norm.epsilon, self.fc1.dtype)
 
 
 def head_dim(dim: int, num_heads: int) -> int:

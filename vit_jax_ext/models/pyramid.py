@@ -8,6 +8,7 @@ import functools
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vit_jax_ext.errors import UserError
@@ -41,6 +42,9 @@ class PyramidBlock(nnx.Module):
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, Intermediates]:
     """Returns the new tokens (B, N, C) and the intermediates of `attend`."""
     x, out = self.attend(x, rngs)
+    if self.mlp.is_fused(x, rngs):
+      keep = drop(self.drop_path, jnp.ones((x.shape[0], 1, 1), x.dtype), rngs)
+      return self.mlp.add_to(x, keep, self.norm2), out
     return x + drop(self.drop_path, self.mlp(self.norm2(x), rngs), rngs), out
 
 
