@@ -1,4 +1,4 @@
-"""GELU and the MLP half of a block as TPUs compute them, against SciPy and plain jnp, the kernels interpreted."""
+"""GELU, and the kernels of narrow tokens, interpreted, against SciPy and plain jnp: MLP and projections of a block."""
 
 import functools
 
@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import scipy.special
 
-from vit_jax_ext.models import fused_mlp, gelu, layers, pyramid
+import vit_jax_ext as vx
+from vit_jax_ext.models import attention, fused_mlp, fused_projections, gelu, layers, narrow_tokens, pyramid
 
 
 def draw(*shapes, seed=0):
@@ -57,10 +58,12 @@ def parameters(dim, hidden):
   return (scale, bias), (w1, b1), (w2, b2)
 
 
+def plain_norm(x, scale, bias):
+  return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5) * scale + bias
+
+
 def plain(x, keep, norm, fc1, fc2):
-  mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-  normed = (x - mean) / jnp.sqrt(variance + 1e-5) * norm[0] + norm[1]
-  hidden = jnp.dot(normed, fc1[0], precision="highest") + fc1[1]
+  hidden = jnp.dot(plain_norm(x, *norm), fc1[0], precision="highest") + fc1[1]
   hidden = hidden * (1 + jax.lax.erf(hidden / 2**0.5)) / 2
   return x + keep * (jnp.dot(hidden, fc2[0], precision="highest") + fc2[1])
 
@@ -74,12 +77,18 @@ def fused(dtype):
   return lambda x, keep, *others: fused_mlp.add_mlp(x, keep, *others, 1e-5, dtype)
 
 
+def fused_branch(x, keep, norm, qkv, proj):
+  """With something between queries, keys, values and the projection."""
+  x, (q, k, v) = fused_projections.project_normed(x, norm, qkv, 1e-5, jnp.float32)
+  return fused_projections.add_projected(x, q * k + v, keep, proj)
+
+
 @pytest.mark.parametrize(
   ("tokens", "dim", "held"), [(300, 24, 128 * 96), (300, 24, 2**18), (256, 16, 1), (49, 40, 2**18), (128, 8, 2**18)]
 )
 def test_the_kernels_are_the_mlp_half_of_a_block(tokens, dim, held, monkeypatch):
   """Values and all gradients: tokens in several steps, with and without a rest, or in one; one image is dropped."""
-  monkeypatch.setattr(fused_mlp, "HELD", held)
+  monkeypatch.setattr(narrow_tokens, "HELD", held)
   x, dy = draw(*[(3, tokens, dim)] * 2)
   keep = jnp.asarray([0.0, 1.25, 1.0]).reshape(3, 1, 1)
   with pltpu.force_tpu_interpret_mode(), jax.default_matmul_precision("highest"):
@@ -91,18 +100,44 @@ def test_the_kernels_are_the_mlp_half_of_a_block(tokens, dim, held, monkeypatch)
   np.testing.assert_array_equal(ours[0][0], x[0])
 
 
-def test_devices_sum_up_the_gradients_of_their_images():
+@pytest.mark.parametrize(
+  ("tokens", "dim", "held"), [(300, 24, 128 * 72), (300, 24, 2**18), (49, 40, 1), (128, 8, 2**18)]
+)
+def test_the_kernels_are_what_is_before_attention_and_after_it(tokens, dim, held, monkeypatch):
+  """Values and all gradients."""
+  monkeypatch.setattr(narrow_tokens, "HELD", held)
+  x, dy = draw(*[(3, tokens, dim)] * 2)
+  keep = jnp.asarray([0.0, 1.25, 1.0]).reshape(3, 1, 1)
+  norm, _, proj = parameters(dim, dim)
+  qkv = tuple(0.2 * x for x in draw((dim, 3 * dim), (3 * dim,), seed=2))
+
+  def plain_branch(x, keep, norm, qkv, proj):
+    q, k, v = jnp.split(jnp.dot(plain_norm(x, *norm), qkv[0], precision="highest") + qkv[1], 3, axis=-1)
+    return x + keep * (jnp.dot(q * k + v, proj[0], precision="highest") + proj[1])
+
+  with pltpu.force_tpu_interpret_mode(), jax.default_matmul_precision("highest"):
+    ours = jax.jit(functools.partial(gradients, fused_branch))(x, keep, dy, norm, qkv, proj)
+  theirs = jax.jit(functools.partial(gradients, plain_branch))(x, keep, dy, norm, qkv, proj)
+  for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+    assert a.shape == b.shape and a.dtype == jnp.float32
+    np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("what", ["mlp", "branch"])
+def test_devices_sum_up_the_gradients_of_their_images(what):
   """Four devices with an image each, and three images that do not divide, which all devices get."""
+  function = fused(jnp.float32) if what == "mlp" else fused_branch
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2, 1), ("data", "fsdp0", "model"))
   for images in (4, 3):
     x, dy = draw(*[(images, 20, 16)] * 2)
-    arguments = (x, jnp.ones((images, 1, 1)), dy, *parameters(16, 32))
+    norm, fc1, fc2 = parameters(16, 48)
+    arguments = (x, jnp.ones((images, 1, 1)), dy, norm, fc1, fc2 if what == "mlp" else (fc2[0][:16, :16], fc2[1][:16]))
     with pltpu.force_tpu_interpret_mode(), jax.default_matmul_precision("highest"):
-      alone = jax.jit(functools.partial(gradients, fused(jnp.float32)))(*arguments)
+      alone = jax.jit(functools.partial(gradients, function))(*arguments)
       by_image = NamedSharding(mesh, P(("data", "fsdp0")) if images == 4 else P())
       placed = [*(jax.device_put(x, by_image) for x in arguments[:3]), *arguments[3:]]
       with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        split = jax.jit(functools.partial(gradients, fused(jnp.float32)))(*placed)
+        split = jax.jit(functools.partial(gradients, function))(*placed)
     for a, b in zip(*map(jax.tree.leaves, (split, alone)), strict=True):
       np.testing.assert_allclose(a, b, atol=1e-6 * float(jnp.abs(b).max()))
 
@@ -150,3 +185,45 @@ def test_dropout_and_wide_tokens_are_left_to_xla(monkeypatch):
   mesh = jax.sharding.AbstractMesh((2, 2), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
   with jax.sharding.use_abstract_mesh(mesh):
     assert not mlp.is_fused(x, None)
+
+
+@pytest.mark.parametrize(
+  ("name", "number", "overrides"),
+  [
+    # The MLPs of three blocks; two projections of the two with several windows.
+    ("swin_tiny", 6 + 8, dict(depths=(2, 1), num_heads=(2, 3), window_size=4, embed_dim=12, patch_size=2)),
+    (
+      "boat_swin_tiny",  # and of one block's clusters
+      6 + 8 + 4,
+      dict(depths=(2, 1), num_heads=(2, 3), window_size=4, embed_dim=12, patch_size=2, cluster_size=4, overlap=2),
+    ),
+    (
+      "boat_cswin_tiny",
+      4 + 8,
+      dict(depth=(1, 1), num_heads=(2, 4), split_size=(1, 4), embed_dim=12, cluster_size=4),
+    ),
+  ],
+)
+def test_a_model_is_the_same_with_the_kernels(name, number, overrides, monkeypatch):
+  """Logits, clusters and gradients in training, in float32, which the kernels do for this test alone."""
+  images, found, used, call = draw((2, 16, 16, 3))[0], {}, [], narrow_tokens.call
+  monkeypatch.setattr(narrow_tokens, "call", lambda kernel, *others: used.append(kernel) or call(kernel, *others))
+  monkeypatch.setattr(narrow_tokens, "DTYPE", jnp.float32)
+  model = vx.create_model(name, rngs=nnx.Rngs(0), num_classes=5, image_size=16, drop_path_rate=0.3, **overrides)
+  graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+  def step(params):
+    def loss(params):
+      logits, out = nnx.merge(graphdef, params, rest)(images, train=True, rngs=nnx.Rngs(1))
+      return jnp.square(logits).sum(), (logits, {key: value for key, value in out.items() if "clusters" in key})
+
+    return jax.grad(loss, has_aux=True)(params)
+
+  for platform in ("cpu", "tpu"):
+    for module in (attention, layers, gelu):
+      monkeypatch.setattr(module, "platform", lambda platform=platform: platform)
+    with pltpu.force_tpu_interpret_mode(), jax.default_matmul_precision("highest"):
+      found[platform] = jax.tree.leaves(jax.jit(functools.partial(step))(params))  # traced anew
+    assert len(used) == (0 if platform == "cpu" else number)
+  for a, b in zip(*found.values(), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()) + 1e-6)

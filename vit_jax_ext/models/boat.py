@@ -237,12 +237,24 @@ class FeatureAttention(layers.MultiHeadAttention):
     attn = softmax_attention(q, k, num_heads=self.num_heads, scale=self.scale, bias=mask)
     return weigh(drop(self.attn_drop, attn, rngs), v), clusters
 
+  def mix(self, q, k, v, rngs: nnx.Rngs | None) -> tuple[jax.Array, jax.Array]:
+    """Returns what the projection takes, (B, N, C), and the cluster of each token for each head."""
+    y, clusters = (self.attend_balanced if self.options.clustering == "balanced" else self.attend_kmeans)(q, k, v, rngs)
+    return y + self.get_v(v.reshape(v.shape[0], *self.grid, -1)).reshape(y.shape), clusters
+
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, jax.Array]:
     """Returns the new tokens (B, N, C) and the cluster of each token for each head, (B, heads, N) int."""
-    q, k, v = self.qkv(x)
-    y, clusters = (self.attend_balanced if self.options.clustering == "balanced" else self.attend_kmeans)(q, k, v, rngs)
-    y = y + self.get_v(v.reshape(x.shape[0], *self.grid, -1)).reshape(y.shape)
+    y, clusters = self.mix(*self.qkv(x), rngs)
     return drop(self.proj_drop, self.proj(y), rngs), clusters
+
+  def add_to(self, x, norm: LayerNorm, rngs: nnx.Rngs | None, drop_path: nnx.Dropout | None = None):
+    """Returns x + self(norm(x)), with stochastic depth if there is any, and the clusters."""
+    if not self.is_narrow(x, rngs):
+      y, clusters = self(norm(x), rngs)
+      return x + (y if drop_path is None else drop(drop_path, y, rngs)), clusters
+    x, qkv = self.qkv.after_norm(x, norm)
+    y, clusters = self.mix(*qkv, rngs)
+    return self.proj.add_to(x, y, layers.keep_factors(drop_path, x, rngs)), clusters
 
 
 class BoatSwinBlock(SwinBlock):
@@ -260,8 +272,8 @@ class BoatSwinBlock(SwinBlock):
   def attend(self, x, rngs):
     if self.options.local_attention == "both":
       x, _ = super().attend(x, rngs)
-    y, clusters = self.attnC(self.norm4(x), rngs)
-    return x + y, {"attnC.clusters": clusters}
+    x, clusters = self.attnC.add_to(x, self.norm4, rngs)
+    return x, {"attnC.clusters": clusters}
 
 
 class BoatCSWinBlock(CSWinBlock):
@@ -282,8 +294,8 @@ class BoatCSWinBlock(CSWinBlock):
   def attend(self, x, rngs):
     if self.options.local_attention == "both":
       x, _ = super().attend(x, rngs)
-    y, clusters = self.content_attn(self.norm3(x), rngs)
-    return x + drop(self.drop_path, y, rngs), {"content_attn.clusters": clusters}
+    x, clusters = self.content_attn.add_to(x, self.norm3, rngs, self.drop_path)
+    return x, {"content_attn.clusters": clusters}
 
 
 class Boat(nnx.Module):

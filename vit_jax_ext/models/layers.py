@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.models import fused_depthwise, fused_mlp, initial
+from vit_jax_ext.models import fused_depthwise, fused_mlp, fused_projections, initial
 from vit_jax_ext.models.attention import attend, attend_packed, is_fused, platform, widest
 from vit_jax_ext.models.fused_windows import Windows
 from vit_jax_ext.models.gelu import gelu
@@ -67,6 +67,10 @@ class Linear(nnx.Linear):
   def __call__(self, x: jax.Array) -> jax.Array:
     x = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
     return x if self.bias is None else add_bias(x, self.bias[...])
+
+  def add_to(self, x: jax.Array, y: jax.Array, keep: jax.Array) -> jax.Array:
+    """Returns x + keep * self(y) by a kernel, where `MultiHeadAttention.is_narrow`; keep (B, 1, 1)."""
+    return fused_projections.add_projected(x, y, keep, (self.kernel[...], self.bias[...]))
 
 
 class Conv(nnx.Conv):
@@ -121,6 +125,12 @@ class LayerNorm(nnx.LayerNorm):
 def drop(layer: nnx.Dropout, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
   """Applies a Dropout or DropPath; the identity without `rngs`."""
   return layer(x, deterministic=rngs is None, rngs=rngs)
+
+
+def keep_factors(drop_path: nnx.Dropout | None, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
+  """Returns what stochastic depth multiplies the branch of each sample of x with, (B, 1, 1): 0 where it drops it."""
+  ones = jnp.ones((x.shape[0], 1, 1), x.dtype)
+  return ones if drop_path is None else drop(drop_path, ones, rngs)
 
 
 def runtime_rngs(train: bool, rngs: nnx.Rngs | None, *rates: float) -> nnx.Rngs | None:
@@ -297,8 +307,8 @@ class Mlp(nnx.Module):
 
   def is_fused(self, x: jax.Array, rngs: nnx.Rngs | None) -> bool:
     """Returns whether `add_to` does this MLP, after a norm of x, by a kernel for TPUs."""
-    takes = platform() == "tpu" and self.fc1.dtype == jnp.bfloat16 and not (rngs and self.drop.rate)
-    return takes and fused_mlp.fits(x, self.fc1.out_features)
+    takes = platform() == "tpu" and not (rngs and self.drop.rate)
+    return takes and fused_mlp.fits(x, self.fc1.dtype, self.fc1.out_features)
 
   def add_to(self, x: jax.Array, keep: jax.Array, norm: LayerNorm) -> jax.Array:
     """Returns x + keep * self(norm(x)) where `is_fused`."""
@@ -337,6 +347,11 @@ class PackedQKV(Linear):
       return [*jnp.moveaxis(add_bias(jnp.tensordot(x, kernel, 1), bias), -2, 0)]
     return [add_bias(x @ kernel[:, i], bias[i]) for i in range(3)]
 
+  def after_norm(self, x: jax.Array, norm: LayerNorm) -> tuple[jax.Array, list[jax.Array]]:
+    """Returns x, for the residual, and self(norm(x)), by a kernel, where `MultiHeadAttention.is_narrow`."""
+    norm_parameters, own = (norm.scale[...], norm.bias[...]), (self.kernel[...], self.bias[...])
+    return fused_projections.project_normed(x, norm_parameters, own, norm.epsilon, self.dtype)
+
   def side_by_side(self, x: jax.Array, num_heads: int, share: int = 0, shares: int = 1) -> jax.Array:
     """Returns queries, keys and values in one array (..., 3 C / shares), as `kernels.pack` orders them.
 
@@ -374,6 +389,11 @@ class MultiHeadAttention(nnx.Module):
   def is_fused(self, q, k, rngs: nnx.Rngs | None) -> bool:
     """Calls `attention.is_fused` with what the module knows."""
     return is_fused(q, k, **self._known(rngs))
+
+  def is_narrow(self, x: jax.Array, rngs: nnx.Rngs | None) -> bool:
+    """Returns whether kernels take queries, keys and values from the residual stream x, and the projection to it."""
+    takes = platform() == "tpu" and not (rngs and self.proj_drop.rate)
+    return takes and fused_projections.fits(x, self.qkv.dtype)
 
   def windows_are_fused(self, x: jax.Array, windows: Windows, rngs: nnx.Rngs | None) -> bool:
     """Returns whether a kernel finds the windows of x (B, tokens, C) itself; a single one needs none."""

@@ -8,7 +8,6 @@ import functools
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vit_jax_ext.errors import UserError
@@ -43,8 +42,7 @@ class PyramidBlock(nnx.Module):
     """Returns the new tokens (B, N, C) and the intermediates of `attend`."""
     x, out = self.attend(x, rngs)
     if self.mlp.is_fused(x, rngs):
-      keep = drop(self.drop_path, jnp.ones((x.shape[0], 1, 1), x.dtype), rngs)
-      return self.mlp.add_to(x, keep, self.norm2), out
+      return self.mlp.add_to(x, layers.keep_factors(self.drop_path, x, rngs), self.norm2), out
     return x + drop(self.drop_path, self.mlp(self.norm2(x), rngs), rngs), out
 
 

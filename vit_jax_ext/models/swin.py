@@ -80,12 +80,29 @@ class WindowAttention(layers.MultiHeadAttention):
     table = table.astype(layers.widest(table.dtype))
     return table[relative_position_index(self.window)].transpose(2, 0, 1)
 
+  def mask(self) -> np.ndarray | None:
+    """Returns the mask of the seams of shifted windows."""
+    return seam_mask(self.grid, self.window, self.shift) if any(self.shift) else None
+
+  def is_narrow(self, x: jax.Array, rngs: nnx.Rngs | None) -> bool:
+    """Returns whether kernels do it all, from the norm of the residual stream x to the sum."""
+    normed = jax.ShapeDtypeStruct(x.shape, self.qkv.dtype)
+    return super().is_narrow(x, rngs) and self.windows_are_fused(
+      normed, Windows(self.grid, self.window, self.shift), rngs
+    )
+
+  def add_to(self, x: jax.Array, norm: LayerNorm, keep: jax.Array) -> jax.Array:
+    """Returns x + keep * self(norm(x)) where `is_narrow`; keep (B, 1, 1)."""
+    x, qkv = self.qkv.after_norm(x, norm)
+    windows, width = Windows(self.grid, self.window, self.shift), x.shape[-1] // self.num_heads
+    return self.proj.add_to(
+      x, attend_windows(*qkv, self.attention_bias(), self.mask(), windows, width, self.scale), keep
+    )
+
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
     """Returns the new tokens (B, N, C)."""
     batch, tokens, dim = x.shape
-    bias = self.attention_bias()
-    mask = seam_mask(self.grid, self.window, self.shift) if any(self.shift) else None
-    windows = Windows(self.grid, self.window, self.shift)
+    bias, mask, windows = self.attention_bias(), self.mask(), Windows(self.grid, self.window, self.shift)
     if self.windows_are_fused(x, windows, rngs):
       if can_pack(dim, self.num_heads):
         qkv = self.qkv.side_by_side(x, self.num_heads)
@@ -125,6 +142,8 @@ class SwinBlock(PyramidBlock):
     super().__init__(dim, mlp_ratio, drop_rate, drop_path_rate, **kw)
 
   def attend(self, x: jax.Array, rngs: nnx.Rngs | None) -> tuple[jax.Array, Intermediates]:
+    if self.attn.is_narrow(x, rngs):
+      return self.attn.add_to(x, self.norm1, layers.keep_factors(self.drop_path, x, rngs)), {}
     return x + drop(self.drop_path, self.attn(self.norm1(x), rngs), rngs), {}
 
 
