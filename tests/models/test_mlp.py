@@ -78,9 +78,11 @@ def fused(dtype):
 
 
 def fused_branch(x, keep, norm, qkv, proj):
-  """With something between queries, keys, values and the projection."""
-  x, (q, k, v) = fused_projections.project_normed(x, norm, qkv, 1e-5, jnp.float32)
-  return fused_projections.add_projected(x, q * k + v, keep, proj)
+  """In two shares, each with two terms: q * k, and values that are used twice."""
+  parts = (0, 2, 4, 4, 1, 3, 5, 5)
+  x, each = fused_projections.project_normed(x, norm, qkv, parts, 1e-5, jnp.float32)
+  ys = [[q * k, v + again] for q, k, v, again in (each[:4], each[4:])]
+  return fused_projections.add_projected(x, ys, keep, proj)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_the_kernels_are_what_is_before_attention_and_after_it(tokens, dim, held
 
   def plain_branch(x, keep, norm, qkv, proj):
     q, k, v = jnp.split(jnp.dot(plain_norm(x, *norm), qkv[0], precision="highest") + qkv[1], 3, axis=-1)
-    return x + keep * (jnp.dot(q * k + v, proj[0], precision="highest") + proj[1])
+    return x + keep * (jnp.dot(q * k + 2 * v, proj[0], precision="highest") + proj[1])
 
   with pltpu.force_tpu_interpret_mode(), jax.default_matmul_precision("highest"):
     ours = jax.jit(functools.partial(gradients, fused_branch))(x, keep, dy, norm, qkv, proj)
@@ -199,7 +201,7 @@ def test_dropout_and_wide_tokens_are_left_to_xla(monkeypatch):
     ),
     (
       "boat_cswin_tiny",
-      4 + 8,
+      4 + 8 + 4,  # and of the stripes of one block
       dict(depth=(1, 1), num_heads=(2, 4), split_size=(1, 4), embed_dim=12, cluster_size=4),
     ),
   ],

@@ -237,24 +237,28 @@ class FeatureAttention(layers.MultiHeadAttention):
     attn = softmax_attention(q, k, num_heads=self.num_heads, scale=self.scale, bias=mask)
     return weigh(drop(self.attn_drop, attn, rngs), v), clusters
 
-  def mix(self, q, k, v, rngs: nnx.Rngs | None) -> tuple[jax.Array, jax.Array]:
-    """Returns what the projection takes, (B, N, C), and the cluster of each token for each head."""
-    y, clusters = (self.attend_balanced if self.options.clustering == "balanced" else self.attend_kmeans)(q, k, v, rngs)
-    return y + self.get_v(v.reshape(v.shape[0], *self.grid, -1)).reshape(y.shape), clusters
+  def attend_clusters(self, q, k, v, rngs: nnx.Rngs | None) -> tuple[jax.Array, jax.Array]:
+    """Attention inside clusters, (B, N, C), and the cluster of each token for each head, (B, heads, N) int."""
+    return (self.attend_balanced if self.options.clustering == "balanced" else self.attend_kmeans)(q, k, v, rngs)
+
+  def positions(self, v: jax.Array) -> jax.Array:
+    """Returns the position term, (B, N, C)."""
+    return self.get_v(v.reshape(v.shape[0], *self.grid, -1)).reshape(v.shape)
 
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, jax.Array]:
-    """Returns the new tokens (B, N, C) and the cluster of each token for each head, (B, heads, N) int."""
-    y, clusters = self.mix(*self.qkv(x), rngs)
-    return drop(self.proj_drop, self.proj(y), rngs), clusters
+    """Returns the new tokens (B, N, C) and the clusters."""
+    q, k, v = self.qkv(x)
+    y, clusters = self.attend_clusters(q, k, v, rngs)
+    return drop(self.proj_drop, self.proj(y + self.positions(v)), rngs), clusters
 
   def add_to(self, x, norm: LayerNorm, rngs: nnx.Rngs | None, drop_path: nnx.Dropout | None = None):
     """Returns x + self(norm(x)), with stochastic depth if there is any, and the clusters."""
-    if not self.is_narrow(x, rngs):
+    if not layers.is_narrow(x, self.qkv, rngs, self.proj_drop):
       y, clusters = self(norm(x), rngs)
       return x + (y if drop_path is None else drop(drop_path, y, rngs)), clusters
-    x, qkv = self.qkv.after_norm(x, norm)
-    y, clusters = self.mix(*qkv, rngs)
-    return self.proj.add_to(x, y, layers.keep_factors(drop_path, x, rngs)), clusters
+    x, ((*qkv, v),) = self.qkv.after_norm(x, norm, values=2)
+    y, clusters = self.attend_clusters(*qkv, rngs)
+    return self.proj.add_to(x, [[y, self.positions(v)]], layers.keep_factors(drop_path, x, rngs)), clusters
 
 
 class BoatSwinBlock(SwinBlock):

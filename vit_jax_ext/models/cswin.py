@@ -37,6 +37,21 @@ class StripeAttention(layers.MultiHeadAttention):
     self.grid, self.stripe = grid, stripe
     self.get_v = layers.DepthwiseConv(dim, **kw)
 
+  def is_fused_in(self, x: jax.Array, qkv: layers.PackedQKV, shares: int, rngs: nnx.Rngs | None) -> bool:
+    """Returns whether a kernel finds the stripes in one of `shares` of the channels of tokens like x (B, N, C)."""
+    share = jax.ShapeDtypeStruct((*x.shape[:2], x.shape[2] // shares), qkv.dtype)
+    return self.windows_are_fused(share, Windows(self.grid, self.stripe), rngs)
+
+  def positions(self, v: jax.Array) -> jax.Array:
+    """Returns the position term of values (B, N, C / shares)."""
+    return self.get_v(v.reshape(v.shape[0], *self.grid, -1), self.stripe).reshape(v.shape)
+
+  def terms(self, q, k, v, v_again) -> list[jax.Array]:
+    """Returns the two terms of what `is_fused_in` a share's tokens (B, N, C / shares): attention and positions."""
+    width = v.shape[-1] // self.num_heads
+    y = attend_windows(q, k, v, None, None, Windows(self.grid, self.stripe), width, self.scale)
+    return [y, self.positions(v_again)]
+
   def __call__(
     self, x: jax.Array, qkv: layers.PackedQKV, share: int, shares: int, rngs: nnx.Rngs | None = None
   ) -> jax.Array:
@@ -47,15 +62,13 @@ class StripeAttention(layers.MultiHeadAttention):
       share, shares: which of its equal sets of heads are meant.
     """
     batch, tokens, dim = x.shape
-    windows, share_of_x = Windows(self.grid, self.stripe), jax.ShapeDtypeStruct((batch, tokens, dim // shares), x.dtype)
-    if self.windows_are_fused(share_of_x, windows, rngs):
-      if can_pack(dim // shares, self.num_heads):
-        packed = qkv.side_by_side(x, self.num_heads, share, shares)
-        y, v = attend_packed_stripes(packed, windows, self.num_heads, self.scale)
-      else:
+    if self.is_fused_in(x, qkv, shares, rngs):
+      if not can_pack(dim // shares, self.num_heads):
         q, k, v = qkv(x, share, shares)
-        y = attend_windows(q, k, v, None, None, windows, v.shape[-1] // self.num_heads, self.scale)
-      return y + self.get_v(v.reshape(batch, *self.grid, -1), self.stripe).reshape(y.shape)
+        return sum(self.terms(q, k, v, v))
+      packed = qkv.side_by_side(x, self.num_heads, share, shares)
+      y, v = attend_packed_stripes(packed, Windows(self.grid, self.stripe), self.num_heads, self.scale)
+      return y + self.positions(v)
     q, k, v = qkv(layers.partition_windows(x.reshape(batch, *self.grid, -1), self.stripe), share, shares)
     y, _ = self.attend(q, k, v, rngs)
     y = y + self.get_v(v.reshape(-1, *self.stripe, v.shape[-1])).reshape(y.shape)
@@ -108,6 +121,11 @@ class CSWinBlock(PyramidBlock):
     super().__init__(dim, mlp_ratio, drop_rate, drop_path_rate, **kw)
 
   def attend(self, x: jax.Array, rngs: nnx.Rngs | None) -> tuple[jax.Array, Intermediates]:
+    fused = (attn.is_fused_in(x, self.qkv, len(self.attns), rngs) for attn in self.attns)
+    if layers.is_narrow(x, self.qkv, rngs) and all(fused):
+      x, shares = self.qkv.after_norm(x, self.norm1, values=2, shares=len(self.attns))
+      ys = [attn.terms(*qkvv) for attn, qkvv in zip(self.attns, shares, strict=True)]
+      return self.proj.add_to(x, ys, layers.keep_factors(self.drop_path, x, rngs)), {}
     normed = self.norm1(x)
     shares = len(self.attns)
     y = jnp.stack([attn(normed, self.qkv, i, shares, rngs) for i, attn in enumerate(self.attns)], axis=-2)

@@ -19,7 +19,7 @@ from vit_jax_ext.models.narrow_tokens import clear_sums, from_left, normalise, n
 def fits(x: jax.Array, dtype: jnp.dtype) -> bool:
   """Returns whether the kernels take x (B, tokens, C) and products of `dtype`."""
   _, tokens, dim = x.shape
-  moved = 3 * tiled_bytes((dim, tokens), 4) + 3 * tiled_bytes((tokens, dim), 2)
+  moved = 3 * tiled_bytes((dim, tokens), 4) + 4 * tiled_bytes((tokens, dim), 2)
   return narrow_tokens.fits(x, dtype, moved, 8 * tiled_bytes((dim, dim), 4) + 4 * tiled_bytes((dim, LANES), 4), 3 * dim)
 
 
@@ -28,35 +28,41 @@ def _flops(x: jax.Array, w: jax.Array, products: int = 1) -> int:
   return 2 * products * x.shape[0] * x.shape[2] * math.prod(w.shape)
 
 
-def _project_kernel(x_ref, scale_ref, bias_ref, w_ref, b_ref, *part_refs, epsilon):
-  dim = x_ref.shape[1]
+def _columns(ref, part: int, number: int) -> slice:
+  """Returns the columns of `part` of so many equal ones."""
+  width = ref.shape[-1] // number
+  return slice(part * width, (part + 1) * width)
 
+
+def _project_kernel(x_ref, scale_ref, bias_ref, w_ref, b_ref, *part_refs, epsilon):
   def body(some):
     normed = normalise(x_ref[0, :, some], epsilon)[0] * scale_ref[...] + bias_ref[...]
     normed = normed.T.astype(w_ref.dtype)
-    for i, ref in enumerate(part_refs):
-      columns = slice(i * dim, (i + 1) * dim)
-      ref[0, some, :] = (product(normed, w_ref[:, columns], 1, 0) + b_ref[:, columns]).astype(ref.dtype)
+    for part, ref in enumerate(part_refs):
+      own = _columns(w_ref, part, len(part_refs))
+      ref[0, some, :] = (product(normed, w_ref[:, own], 1, 0) + b_ref[:, own]).astype(ref.dtype)
 
   over_tokens(x_ref.shape[2], w_ref.shape[1], body)
 
 
-def _project_backward_kernel(
-  x_ref, dx_after_ref, dq_ref, dk_ref, dv_ref, scale_ref, bias_ref, w_ref, dx_ref, *sums, epsilon
-):
+def _project_backward_kernel(x_ref, dx_after_ref, scale_ref, bias_ref, w_ref, *refs, parts, epsilon):
+  """`refs`: gradients of `parts`, then that of x, and sums."""
+  dpart_refs, (dx_ref, *sums) = refs[: len(parts)], refs[len(parts) :]
   dscale_ref, dbias_ref, dw_ref, db_ref = sums
-  dim, dtype = x_ref.shape[1], w_ref.dtype
+  dtype, number = w_ref.dtype, max(parts) + 1
   clear_sums(sums)
 
   def body(some):
     unit, inverse = normalise(x_ref[0, :, some], epsilon)
     normed = (unit * scale_ref[...] + bias_ref[...]).astype(dtype)
     dnormed = jnp.zeros_like(unit)
-    for i, ref in enumerate((dq_ref, dk_ref, dv_ref)):
-      columns, dpart = slice(i * dim, (i + 1) * dim), ref[0, some, :]
-      db_ref[0, :, columns] += product(jnp.ones((8, len(dpart)), dtype), dpart, 1, 0)[:1]
-      dw_ref[0, :, columns] += product(normed, dpart, 1, 0)
-      dnormed += product(w_ref[:, columns], dpart, 1, 1)
+    for part in range(number):
+      own = _columns(w_ref, part, number)
+      dparts = [ref[0, some, :] for ref, of in zip(dpart_refs, parts, strict=True) if of == part]
+      dpart = sum(x.astype(jnp.float32) for x in dparts).astype(dtype) if len(dparts) > 1 else dparts[0]
+      db_ref[0, :, own] += product(jnp.ones((8, len(dpart)), dtype), dpart, 1, 0)[:1]
+      dw_ref[0, :, own] += product(normed, dpart, 1, 0)
+      dnormed += product(w_ref[:, own], dpart, 1, 1)
     dbias_ref[0] += dnormed.sum(axis=1, keepdims=True)
     dscale_ref[0] += (dnormed * unit).sum(axis=1, keepdims=True)
     dx_ref[0, :, some] = dx_after_ref[0, :, some] + normalise_backward(dnormed * scale_ref[...], unit, inverse)
@@ -64,48 +70,53 @@ def _project_backward_kernel(
   over_tokens(x_ref.shape[2], w_ref.shape[1], body)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def project_normed(x, norm, qkv, epsilon: float, dtype: jnp.dtype) -> tuple[jax.Array, list[jax.Array]]:
-  """Returns x, and queries, keys and values of norm(x), (B, tokens, C) of `dtype` each.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def project_normed(x, norm, linear, parts, epsilon: float, dtype: jnp.dtype) -> tuple[jax.Array, list[jax.Array]]:
+  """Returns x, for the residual, and `parts` of the columns of norm(x) w + b, (B, tokens, columns) of `dtype` each.
 
-  x is for the residual: so its gradient is added to that of the norm on the chip.
+  Gradients are added up on the chip: of x that of the residual to that of the norm, and of a part that of each time
+  that it is asked for.
 
   Args:
     x: (B, tokens, C) float32, where it `fits`.
     norm: scale and bias of a LayerNorm, (C,) float32 each.
-    qkv: kernel (C, 3 C) and bias (3 C,), float32.
+    linear: w (C, columns) and b (columns,), float32.
+    parts: numbers of equal parts of the columns, each at least once, such as (0, 1, 2, 2): queries, keys, twice values.
     epsilon: of the norm.
     dtype: of what products take.
   """
-  (scale, bias), (w, b) = norm, qkv
+  (scale, bias), (w, b) = norm, linear
+  number, names = max(parts) + 1, [f"part{i}" for i in range(max(parts) + 1)]
   kernel = functools.partial(_project_kernel, epsilon=epsilon)
   weights = from_left(scale=scale, bias=bias) | {"w_for_all": w.astype(dtype), "b_for_all": b[None]}
 
   def run(arrays):
-    images, dim, tokens = arrays["q"].shape
-    part = jax.ShapeDtypeStruct((images, tokens, dim), dtype)
-    return narrow_tokens.call(kernel, arrays, dict(q=part, k=part, v=part), _flops(arrays["q"], w))
+    images, _, tokens = arrays["q"].shape
+    part = jax.ShapeDtypeStruct((images, tokens, len(b) // number), dtype)
+    return narrow_tokens.call(kernel, arrays, dict.fromkeys(names, part), _flops(arrays["q"], w))
 
-  return x, list(on_each_device(run, {"q": x.swapaxes(1, 2), **weights}, ["q", "k", "v"]))
-
-
-def _project_forward(x, norm, qkv, epsilon, dtype):
-  return project_normed(x, norm, qkv, epsilon, dtype), (x, norm, qkv)
+  found = on_each_device(run, {"q": x.swapaxes(1, 2), **weights}, names)
+  return x, [found[part] for part in parts]
 
 
-def _project_backward(epsilon, dtype, residuals, gradients):
+def _project_forward(x, norm, linear, parts, epsilon, dtype):
+  return project_normed(x, norm, linear, parts, epsilon, dtype), (x, norm, linear)
+
+
+def _project_backward(parts, epsilon, dtype, residuals, gradients):
   x, (scale, bias), (w, b) = residuals
   dx_after, dparts = gradients
-  kernel = functools.partial(_project_backward_kernel, epsilon=epsilon)
+  kernel = functools.partial(_project_backward_kernel, parts=parts, epsilon=epsilon)
   weights = from_left(scale=scale, bias=bias) | {"w_for_all": w.astype(dtype)}
-  arrays = {"q": x.swapaxes(1, 2), "y": dx_after.swapaxes(1, 2), **dict(zip(("dq", "dk", "dv"), dparts, strict=True))}
+  arrays = {"q": x.swapaxes(1, 2), "y": dx_after.swapaxes(1, 2), **weights}
+  arrays |= {f"dpart{i}": dpart for i, dpart in enumerate(dparts)}
   shapes = dict(scale_sums=(len(w), 1), bias_sums=(len(w), 1), w_sums=w.shape, b_sums=(1, len(b)))
   sums = {name: jax.ShapeDtypeStruct((1, *shape), jnp.float32) for name, shape in shapes.items()}
 
   def run(arrays):
     return narrow_tokens.call(kernel, arrays, {"dx": like(arrays["q"]), **sums}, _flops(arrays["q"], w, 2))
 
-  dx, *found = on_each_device(run, arrays | weights, ["dx", *sums])
+  dx, *found = on_each_device(run, arrays, ["dx", *sums])
   dscale, dbias, dw, db = (x.sum(axis=0).reshape(p.shape) for x, p in zip(found, (scale, bias, w, b), strict=True))
   return dx.swapaxes(1, 2), (dscale, dbias), (dw, db)
 
@@ -113,64 +124,85 @@ def _project_backward(epsilon, dtype, residuals, gradients):
 project_normed.defvjp(_project_forward, _project_backward)
 
 
-def _add_kernel(x_ref, y_ref, keep_ref, w_ref, b_ref, result_ref):
+def _added(refs, some):
+  """Returns the sum of arrays of tokens, in their dtype."""
+  total = sum(ref[0, some, :].astype(jnp.float32) for ref in refs)
+  return total.astype(refs[0].dtype)
+
+
+def _add_kernel(x_ref, keep_ref, w_ref, b_ref, *refs, terms):
+  *y_refs, result_ref = refs
+
   def body(some):
-    projected = product(w_ref[...], y_ref[0, some, :], 1, 1) + b_ref[...]
+    projected = b_ref[...]
+    for part in range(len(y_refs) // terms):
+      own = _columns(w_ref, part, len(y_refs) // terms)
+      y = _added(y_refs[part * terms : (part + 1) * terms], some)
+      projected = projected + product(w_ref[:, own], y, 1, 1)
     result_ref[0, :, some] = x_ref[0, :, some] + keep_ref[0, 0, 0] * projected
 
   over_tokens(x_ref.shape[2], 3 * len(w_ref), body)
 
 
-def _add_backward_kernel(dx_ref, y_ref, keep_ref, w_ref, dy_ref, dw_ref, db_ref):
+def _add_backward_kernel(dx_ref, keep_ref, w_ref, *refs, terms):
+  number = (len(refs) - 2) // (terms + 1)
+  y_refs, dy_refs, (dw_ref, db_ref) = refs[: terms * number], refs[terms * number : -2], refs[-2:]
   clear_sums((dw_ref, db_ref))
 
   def body(some):
     dbranch = dx_ref[0, :, some] * keep_ref[0, 0, 0]
     db_ref[0] += dbranch.sum(axis=1, keepdims=True)
-    dw_ref[0] += product(dbranch.astype(w_ref.dtype), y_ref[0, some, :], 1, 0)
-    dy_ref[0, some, :] = product(dbranch.T.astype(w_ref.dtype), w_ref[...], 1, 0).astype(dy_ref.dtype)
+    turned, dbranch = dbranch.T.astype(w_ref.dtype), dbranch.astype(w_ref.dtype)
+    for part, dy_ref in enumerate(dy_refs):
+      own = _columns(w_ref, part, number)
+      dw_ref[0, :, own] += product(dbranch, _added(y_refs[part * terms : (part + 1) * terms], some), 1, 0)
+      dy_ref[0, some, :] = product(turned, w_ref[:, own], 1, 0).astype(dy_ref.dtype)
 
   over_tokens(dx_ref.shape[2], 3 * len(w_ref), body)
 
 
 @jax.custom_vjp
-def add_projected(x, y, keep, proj) -> jax.Array:
-  """Returns x + keep * proj(y).
+def add_projected(x, ys, keep, linear) -> jax.Array:
+  """Returns x + keep * (y w + b), y having as channels those of all parts, each a sum of arrays.
 
   Args:
     x: (B, tokens, C) float32, where it `fits`.
-    y: (B, tokens, C) of the dtype that products take.
+    ys: parts, each a list of as many arrays (B, tokens, channels) of the dtype that products take.
     keep: (B, 1, 1) float32, factors of the branch, by stochastic depth; without a gradient.
-    proj: kernel and bias of a Linear, (C, C) and (C,), float32.
+    linear: w (C, C) and b (C,), float32.
   """
-  w, b = proj
-  arrays = {"q": x.swapaxes(1, 2), "y": y, "keep_scalars": keep, **from_left(w=w.astype(y.dtype), b=b)}
+  (w, b), arrays = linear, [y for part in ys for y in part]
+  kernel = functools.partial(_add_kernel, terms=len(ys[0]))
+  given = {"q": x.swapaxes(1, 2), "keep_scalars": keep, **from_left(w=w.astype(arrays[0].dtype), b=b)}
+  given |= {f"y{i}": y for i, y in enumerate(arrays)}
 
-  def run(arrays):
-    return narrow_tokens.call(_add_kernel, arrays, {"dx": like(arrays["q"])}, _flops(arrays["q"], w))
+  def run(given):
+    return narrow_tokens.call(kernel, given, {"dx": like(given["q"])}, _flops(given["q"], w))
 
-  (result,) = on_each_device(run, arrays, ["dx"])
+  (result,) = on_each_device(run, given, ["dx"])
   return result.swapaxes(1, 2)
 
 
-def _add_forward(x, y, keep, proj):
-  return add_projected(x, y, keep, proj), (y, keep, proj)
+def _add_forward(x, ys, keep, linear):
+  return add_projected(x, ys, keep, linear), (ys, keep, linear)
 
 
 def _add_backward(residuals, dx):
-  y, keep, (w, b) = residuals
-  arrays = {"q": dx.swapaxes(1, 2), "y": y, "keep_scalars": keep, **from_left(w=w.astype(y.dtype))}
-  parameters = dict(w=w, b=b)
+  ys, keep, (w, b) = residuals
+  terms, arrays = len(ys[0]), [y for part in ys for y in part]
+  kernel = functools.partial(_add_backward_kernel, terms=terms)
+  given = {"q": dx.swapaxes(1, 2), "keep_scalars": keep, **from_left(w=w.astype(arrays[0].dtype))}
+  given |= {f"y{i}": y for i, y in enumerate(arrays)}
+  names, parameters = [f"dy{i}" for i in range(len(ys))], dict(w=w, b=b)
   sums = narrow_tokens.sums_of(parameters)
 
-  def run(arrays):
-    return narrow_tokens.call(
-      _add_backward_kernel, arrays, {"dy": like(arrays["y"]), **sums}, _flops(arrays["q"], w, 2)
-    )
+  def run(given):
+    results = dict.fromkeys(names, like(given["y0"])) | sums
+    return narrow_tokens.call(kernel, given, results, _flops(given["q"], w, 2))
 
-  dy, *found = on_each_device(run, arrays, ["dy", *sums])
-  dw, db = narrow_tokens.add_up(found, parameters)
-  return dx, dy, None, (dw, db)
+  found = on_each_device(run, given, [*names, *sums])
+  dw, db = narrow_tokens.add_up(found[len(ys) :], parameters)
+  return dx, [[dy] * terms for dy in found[: len(ys)]], None, (dw, db)
 
 
 add_projected.defvjp(_add_forward, _add_backward)

@@ -68,9 +68,9 @@ class Linear(nnx.Linear):
     x = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
     return x if self.bias is None else add_bias(x, self.bias[...])
 
-  def add_to(self, x: jax.Array, y: jax.Array, keep: jax.Array) -> jax.Array:
-    """Returns x + keep * self(y) by a kernel, where `MultiHeadAttention.is_narrow`; keep (B, 1, 1)."""
-    return fused_projections.add_projected(x, y, keep, (self.kernel[...], self.bias[...]))
+  def add_to(self, x: jax.Array, ys: list[list[jax.Array]], keep: jax.Array) -> jax.Array:
+    """Returns x + keep * self(y) by a kernel, where tokens are narrow: see `fused_projections.add_projected`."""
+    return fused_projections.add_projected(x, ys, keep, (self.kernel[...], self.bias[...]))
 
 
 class Conv(nnx.Conv):
@@ -316,6 +316,12 @@ class Mlp(nnx.Module):
     return fused_mlp.add_mlp(x, keep, (norm.scale[...], norm.bias[...]), fc1, fc2, norm.epsilon, self.fc1.dtype)
 
 
+def is_narrow(x: jax.Array, qkv: Linear, rngs: nnx.Rngs | None, proj_drop: nnx.Dropout | None = None) -> bool:
+  """Returns whether kernels lead from the residual stream x to queries, keys and values, and back to it."""
+  dropped = rngs and proj_drop is not None and proj_drop.rate
+  return platform() == "tpu" and not dropped and fused_projections.fits(x, qkv.dtype)
+
+
 def head_dim(dim: int, num_heads: int) -> int:
   """Returns the width of one head.
 
@@ -347,10 +353,20 @@ class PackedQKV(Linear):
       return [*jnp.moveaxis(add_bias(jnp.tensordot(x, kernel, 1), bias), -2, 0)]
     return [add_bias(x @ kernel[:, i], bias[i]) for i in range(3)]
 
-  def after_norm(self, x: jax.Array, norm: LayerNorm) -> tuple[jax.Array, list[jax.Array]]:
-    """Returns x, for the residual, and self(norm(x)), by a kernel, where `MultiHeadAttention.is_narrow`."""
+  def after_norm(
+    self, x: jax.Array, norm: LayerNorm, values: int = 1, shares: int = 1
+  ) -> tuple[jax.Array, list[list[jax.Array]]]:
+    """Returns x, for the residual, and what self(norm(x)) has for each of `shares`, by a kernel for narrow tokens.
+
+    Args:
+      x, norm: see `fused_projections.project_normed`.
+      values: how often values are returned, for as many uses.
+      shares: as above.
+    """
+    parts = [share + part * shares for share in range(shares) for part in (0, 1, *[2] * values)]
     norm_parameters, own = (norm.scale[...], norm.bias[...]), (self.kernel[...], self.bias[...])
-    return fused_projections.project_normed(x, norm_parameters, own, norm.epsilon, self.dtype)
+    x, found = fused_projections.project_normed(x, norm_parameters, own, tuple(parts), norm.epsilon, self.dtype)
+    return x, [found[i : i + 2 + values] for i in range(0, len(found), 2 + values)]
 
   def side_by_side(self, x: jax.Array, num_heads: int, share: int = 0, shares: int = 1) -> jax.Array:
     """Returns queries, keys and values in one array (..., 3 C / shares), as `kernels.pack` orders them.
@@ -389,11 +405,6 @@ class MultiHeadAttention(nnx.Module):
   def is_fused(self, q, k, rngs: nnx.Rngs | None) -> bool:
     """Calls `attention.is_fused` with what the module knows."""
     return is_fused(q, k, **self._known(rngs))
-
-  def is_narrow(self, x: jax.Array, rngs: nnx.Rngs | None) -> bool:
-    """Returns whether kernels take queries, keys and values from the residual stream x, and the projection to it."""
-    takes = platform() == "tpu" and not (rngs and self.proj_drop.rate)
-    return takes and fused_projections.fits(x, self.qkv.dtype)
 
   def windows_are_fused(self, x: jax.Array, windows: Windows, rngs: nnx.Rngs | None) -> bool:
     """Returns whether a kernel finds the windows of x (B, tokens, C) itself; a single one needs none."""

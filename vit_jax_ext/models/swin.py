@@ -87,17 +87,15 @@ class WindowAttention(layers.MultiHeadAttention):
   def is_narrow(self, x: jax.Array, rngs: nnx.Rngs | None) -> bool:
     """Returns whether kernels do it all, from the norm of the residual stream x to the sum."""
     normed = jax.ShapeDtypeStruct(x.shape, self.qkv.dtype)
-    return super().is_narrow(x, rngs) and self.windows_are_fused(
-      normed, Windows(self.grid, self.window, self.shift), rngs
-    )
+    windows = Windows(self.grid, self.window, self.shift)
+    return layers.is_narrow(x, self.qkv, rngs, self.proj_drop) and self.windows_are_fused(normed, windows, rngs)
 
   def add_to(self, x: jax.Array, norm: LayerNorm, keep: jax.Array) -> jax.Array:
     """Returns x + keep * self(norm(x)) where `is_narrow`; keep (B, 1, 1)."""
-    x, qkv = self.qkv.after_norm(x, norm)
+    x, (qkv,) = self.qkv.after_norm(x, norm)
     windows, width = Windows(self.grid, self.window, self.shift), x.shape[-1] // self.num_heads
-    return self.proj.add_to(
-      x, attend_windows(*qkv, self.attention_bias(), self.mask(), windows, width, self.scale), keep
-    )
+    y = attend_windows(*qkv, self.attention_bias(), self.mask(), windows, width, self.scale)
+    return self.proj.add_to(x, [[y]], keep)
 
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
     """Returns the new tokens (B, N, C)."""
