@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from vit_jax_ext.models.kernels import LANES, call, head_groups, like, on_each_device, own_lanes, product
 
+GROUPS = 8  # that centroids are found of at a time
 ROWS = 512  # of a permutation's matrix that are made at a time
 MANY = 1024  # tokens from which on rows are moved one by one: a product's time grows with the square of their number
 UNROLLED = 16  # rows
@@ -38,30 +39,36 @@ def _precise(a, x, axis_a, axis_x, number=3):
 
 
 def _ratio_kernel(x_ref, place_ref, size_ref, ratio_ref, *, width, groups, iterations, sharpness):
-  size = size_ref[0, 0, 0]
+  """size_ref: tokens of a group, and how many turns to take, as `groups` are worked on at a time."""
+  size, turns, tokens = size_ref[0, 0, 0], size_ref[0, 0, 1], x_ref.shape[2]
   for lanes, heads in head_groups(x_ref.shape[-1], width):
     x = x_ref[0, 0, :, lanes]
     square = jnp.square(x.astype(jnp.float32))
-    start = jax.lax.broadcasted_iota(jnp.int32, (groups, len(x)), 0) * size
     every = [own_lanes(i, lanes.size, width) for i in range(len(heads))]
     squares = _precise(jnp.concatenate([own.astype(jnp.float32) for own in every], axis=0), square, 1, 1)
     norms = jnp.maximum(jnp.sqrt(squares), 1e-12)
-    for i, (head, own) in enumerate(zip(heads, every, strict=True)):
-      norm = norms[i : i + 1]
-      within = place_ref[0, pl.ds(head, 1)] - start
-      inside = (within >= 0) & (within < size)
 
-      def cosines(first, number=3, x=x, own=own, norm=norm, inside=inside):
-        weights = jnp.concatenate([jnp.where(inside, w, 0) for w in (first, 1 - first)], axis=0)
-        centroids = jnp.where(own, _precise(weights, x, 1, 0, number), 0)
-        length = jnp.sqrt((centroids * centroids).sum(axis=1, keepdims=True))
-        cosine = _precise(centroids / jnp.maximum(length, 1e-12), x, 1, 1)
-        return [jnp.where(inside, c, 0).sum(axis=0, keepdims=True) / norm for c in (cosine[:groups], cosine[groups:])]
+    @pl.loop(0, turns)
+    def _(turn, x=x, heads=heads, every=every, norms=norms):
+      first_group = turn * groups
+      start = (first_group + jax.lax.broadcasted_iota(jnp.int32, (groups, tokens), 0)) * size
+      for i, (head, own) in enumerate(zip(heads, every, strict=True)):
+        norm, place = norms[i : i + 1], place_ref[0, pl.ds(head, 1)]
+        within = place - start
+        inside = (within >= 0) & (within < size)
 
-      c0, c1 = cosines((2 * within < size).astype(jnp.float32), 1)
-      for _ in range(iterations):
-        c0, c1 = cosines(1 / (1 + jnp.exp(sharpness * (c1 - c0))))
-      ratio_ref[0, pl.ds(head, 1)] = (c0 + 1) / (c1 + 1)
+        def cosines(first, number=3, own=own, norm=norm, inside=inside):
+          weights = jnp.concatenate([jnp.where(inside, w, 0) for w in (first, 1 - first)], axis=0)
+          centroids = jnp.where(own, _precise(weights, x, 1, 0, number), 0)
+          length = jnp.sqrt((centroids * centroids).sum(axis=1, keepdims=True))
+          cosine = _precise(centroids / jnp.maximum(length, 1e-12), x, 1, 1)
+          return [jnp.where(inside, c, 0).sum(axis=0, keepdims=True) / norm for c in (cosine[:groups], cosine[groups:])]
+
+        c0, c1 = cosines((2 * within < size).astype(jnp.float32), 1)
+        for _ in range(iterations):
+          c0, c1 = cosines(1 / (1 + jnp.exp(sharpness * (c1 - c0))))
+        mine = (place >= first_group * size) & (place < (first_group + groups) * size)
+        ratio_ref[0, pl.ds(head, 1)] = jnp.where(mine, (c0 + 1) / (c1 + 1), ratio_ref[0, pl.ds(head, 1)])
 
 
 def cluster_order(
@@ -80,9 +87,9 @@ def cluster_order(
     place: the place of each token, its inverse.
   """
   tokens, width = x.shape[1], x.shape[2] // num_heads
-  kernel = functools.partial(
-    _ratio_kernel, width=width, groups=2 ** (levels - 1), iterations=iterations, sharpness=sharpness
-  )
+  groups = min(GROUPS, 2 ** (levels - 1))
+  kernel = functools.partial(_ratio_kernel, width=width, groups=groups, iterations=iterations, sharpness=sharpness)
+  turns = [max(1, 2**level // groups) for level in range(levels)]
 
   def run(arrays):
     heads = arrays["q"].shape[3] // width
@@ -92,8 +99,8 @@ def cluster_order(
     def halve(level, found):
       _, place = found
       size = tokens >> level
-      sizes = jnp.full((len(token), 1, 1), size)
-      flops = 4 * (iterations + 1) * 2**levels * arrays["q"].size
+      sizes = jnp.broadcast_to(jnp.stack([size, jnp.asarray(turns)[level]]), (len(token), 1, 2))
+      flops = 8 * (iterations + 1) * groups * sum(turns) // levels * arrays["q"].size  # of a level on average
       (ratio,) = call(kernel, {**arrays, "place": place, "size_scalars": sizes}, {"ratio": result}, flops)
       group = ((place + 0.5) / size).astype(jnp.int32)  # there is no division of integers on the chip
       *_, order = jax.lax.sort((group, ratio, place, token), num_keys=3, is_stable=False)

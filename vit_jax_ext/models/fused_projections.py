@@ -124,41 +124,55 @@ def _project_backward(parts, epsilon, dtype, residuals, gradients):
 project_normed.defvjp(_project_forward, _project_backward)
 
 
-def _added(refs, some):
-  """Returns the sum of arrays of tokens, in their dtype."""
-  total = sum(ref[0, some, :].astype(jnp.float32) for ref in refs)
-  return total.astype(refs[0].dtype)
-
-
-def _add_kernel(x_ref, keep_ref, w_ref, b_ref, *refs, terms):
-  *y_refs, result_ref = refs
+def _add_kernel(x_ref, keep_ref, w_ref, b_ref, *refs, number, terms):
+  """`refs`: the terms of a `number` of parts, the result and, if asked for, the sums of the parts side by side."""
+  term_refs, (result_ref, *total_refs) = refs[: number * terms], refs[number * terms :]
 
   def body(some):
     projected = b_ref[...]
-    for part in range(len(y_refs) // terms):
-      own = _columns(w_ref, part, len(y_refs) // terms)
-      y = _added(y_refs[part * terms : (part + 1) * terms], some)
+    for part in range(number):
+      own = _columns(w_ref, part, number)
+      y = sum(ref[0, some, :].astype(jnp.float32) for ref in term_refs[part * terms : (part + 1) * terms])
+      y = y.astype(w_ref.dtype)
       projected = projected + product(w_ref[:, own], y, 1, 1)
+      for ref in total_refs:
+        ref[0, some, own] = y
     result_ref[0, :, some] = x_ref[0, :, some] + keep_ref[0, 0, 0] * projected
 
   over_tokens(x_ref.shape[2], 3 * len(w_ref), body)
 
 
-def _add_backward_kernel(dx_ref, keep_ref, w_ref, *refs, terms):
-  number = (len(refs) - 2) // (terms + 1)
-  y_refs, dy_refs, (dw_ref, db_ref) = refs[: terms * number], refs[terms * number : -2], refs[-2:]
+def _add_backward_kernel(dx_ref, y_ref, keep_ref, w_ref, *refs):
+  """`refs`: gradients of the parts, then sums."""
+  *dpart_refs, dw_ref, db_ref = refs
   clear_sums((dw_ref, db_ref))
 
   def body(some):
     dbranch = dx_ref[0, :, some] * keep_ref[0, 0, 0]
     db_ref[0] += dbranch.sum(axis=1, keepdims=True)
-    turned, dbranch = dbranch.T.astype(w_ref.dtype), dbranch.astype(w_ref.dtype)
-    for part, dy_ref in enumerate(dy_refs):
-      own = _columns(w_ref, part, number)
-      dw_ref[0, :, own] += product(dbranch, _added(y_refs[part * terms : (part + 1) * terms], some), 1, 0)
-      dy_ref[0, some, :] = product(turned, w_ref[:, own], 1, 0).astype(dy_ref.dtype)
+    dw_ref[0] += product(dbranch.astype(w_ref.dtype), y_ref[0, some, :], 1, 0)
+    dbranch = dbranch.T.astype(w_ref.dtype)
+    for part, ref in enumerate(dpart_refs):
+      own = _columns(w_ref, part, len(dpart_refs))
+      ref[0, some, :] = product(dbranch, w_ref[:, own], 1, 0).astype(ref.dtype)
 
   over_tokens(dx_ref.shape[2], 3 * len(w_ref), body)
+
+
+def _add(x, ys, keep, linear, totals: bool) -> list[jax.Array]:
+  """Returns the result, and y if asked for."""
+  (w, b), terms = linear, [y for part in ys for y in part]
+  kernel = functools.partial(_add_kernel, number=len(ys), terms=len(ys[0]))
+  arrays = {"q": x.swapaxes(1, 2), "keep_scalars": keep, **from_left(w=w.astype(terms[0].dtype), b=b)}
+  arrays |= {f"y{i}": y for i, y in enumerate(terms)}
+
+  def run(arrays):
+    images, dim, tokens = arrays["q"].shape
+    total = {"y": jax.ShapeDtypeStruct((images, tokens, dim), terms[0].dtype)} if totals else {}
+    return narrow_tokens.call(kernel, arrays, {"dx": like(arrays["q"]), **total}, _flops(arrays["q"], w))
+
+  result, *total = on_each_device(run, arrays, ["dx", "y"][: 1 + totals])
+  return [result.swapaxes(1, 2), *total]
 
 
 @jax.custom_vjp
@@ -171,38 +185,30 @@ def add_projected(x, ys, keep, linear) -> jax.Array:
     keep: (B, 1, 1) float32, factors of the branch, by stochastic depth; without a gradient.
     linear: w (C, C) and b (C,), float32.
   """
-  (w, b), arrays = linear, [y for part in ys for y in part]
-  kernel = functools.partial(_add_kernel, terms=len(ys[0]))
-  given = {"q": x.swapaxes(1, 2), "keep_scalars": keep, **from_left(w=w.astype(arrays[0].dtype), b=b)}
-  given |= {f"y{i}": y for i, y in enumerate(arrays)}
-
-  def run(given):
-    return narrow_tokens.call(kernel, given, {"dx": like(given["q"])}, _flops(given["q"], w))
-
-  (result,) = on_each_device(run, given, ["dx"])
-  return result.swapaxes(1, 2)
+  return _add(x, ys, keep, linear, totals=False)[0]
 
 
 def _add_forward(x, ys, keep, linear):
-  return add_projected(x, ys, keep, linear), (ys, keep, linear)
+  alone = len(ys) == len(ys[0]) == 1  # else y, side by side, takes less memory than its terms
+  result, *total = _add(x, ys, keep, linear, totals=not alone)
+  return result, (ys[0][0] if alone else total[0], [len(part) for part in ys], keep, linear)
 
 
 def _add_backward(residuals, dx):
-  ys, keep, (w, b) = residuals
-  terms, arrays = len(ys[0]), [y for part in ys for y in part]
-  kernel = functools.partial(_add_backward_kernel, terms=terms)
-  given = {"q": dx.swapaxes(1, 2), "keep_scalars": keep, **from_left(w=w.astype(arrays[0].dtype))}
-  given |= {f"y{i}": y for i, y in enumerate(arrays)}
-  names, parameters = [f"dy{i}" for i in range(len(ys))], dict(w=w, b=b)
+  y, terms, keep, (w, b) = residuals
+  arrays = {"q": dx.swapaxes(1, 2), "y": y, "keep_scalars": keep, **from_left(w=w.astype(y.dtype))}
+  names, parameters = [f"dy{i}" for i in range(len(terms))], dict(w=w, b=b)
   sums = narrow_tokens.sums_of(parameters)
 
-  def run(given):
-    results = dict.fromkeys(names, like(given["y0"])) | sums
-    return narrow_tokens.call(kernel, given, results, _flops(given["q"], w, 2))
+  def run(arrays):
+    images, tokens, dim = arrays["y"].shape
+    part = jax.ShapeDtypeStruct((images, tokens, dim // len(terms)), y.dtype)
+    results = dict.fromkeys(names, part) | sums
+    return narrow_tokens.call(_add_backward_kernel, arrays, results, _flops(arrays["q"], w, 2))
 
-  found = on_each_device(run, given, [*names, *sums])
-  dw, db = narrow_tokens.add_up(found[len(ys) :], parameters)
-  return dx, [[dy] * terms for dy in found[: len(ys)]], None, (dw, db)
+  found = on_each_device(run, arrays, [*names, *sums])
+  dw, db = narrow_tokens.add_up(found[len(terms) :], parameters)
+  return dx, [[dy] * number for dy, number in zip(found, terms, strict=False)], None, (dw, db)
 
 
 add_projected.defvjp(_add_forward, _add_backward)
