@@ -70,7 +70,7 @@ class Linear(nnx.Linear):
 
   def add_to(self, x: jax.Array, ys: list[list[jax.Array]], keep: jax.Array) -> jax.Array:
     """Returns x + keep * self(y) by a kernel, where tokens are narrow: see `fused_projections.add_projected`."""
-    return fused_projections.add_projected(x, ys, keep, (self.kernel[...], self.bias[...]))
+    return fused_projections.add_projected(x, ys, keep, _weight_and_bias(self))
 
 
 class Conv(nnx.Conv):
@@ -120,6 +120,12 @@ class LayerNorm(nnx.LayerNorm):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return super().__call__(x).astype(self.out_dtype)
+
+
+def _weight_and_bias(layer: LayerNorm | Linear) -> tuple[jax.Array, jax.Array]:
+  """Returns scale or kernel, and bias, as kernels for TPUs take them."""
+  weight = layer.scale if isinstance(layer, LayerNorm) else layer.kernel
+  return weight[...].astype(jnp.float32), layer.bias[...].astype(jnp.float32)
 
 
 def drop(layer: nnx.Dropout, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
@@ -312,8 +318,8 @@ class Mlp(nnx.Module):
 
   def add_to(self, x: jax.Array, keep: jax.Array, norm: LayerNorm) -> jax.Array:
     """Returns x + keep * self(norm(x)) where `is_fused`."""
-    fc1, fc2 = ((layer.kernel[...], layer.bias[...]) for layer in (self.fc1, self.fc2))
-    return fused_mlp.add_mlp(x, keep, (norm.scale[...], norm.bias[...]), fc1, fc2, norm.epsilon, self.fc1.dtype)
+    weights = (_weight_and_bias(layer) for layer in (norm, self.fc1, self.fc2))
+    return fused_mlp.add_mlp(x, keep, *weights, norm.epsilon, self.fc1.dtype)
 
 
 def is_narrow(x: jax.Array, qkv: Linear, rngs: nnx.Rngs | None, proj_drop: nnx.Dropout | None = None) -> bool:
@@ -364,8 +370,8 @@ class PackedQKV(Linear):
       shares: as above.
     """
     parts = [share + part * shares for share in range(shares) for part in (0, 1, *[2] * values)]
-    norm_parameters, own = (norm.scale[...], norm.bias[...]), (self.kernel[...], self.bias[...])
-    x, found = fused_projections.project_normed(x, norm_parameters, own, tuple(parts), norm.epsilon, self.dtype)
+    weights = (_weight_and_bias(layer) for layer in (norm, self))
+    x, found = fused_projections.project_normed(x, *weights, tuple(parts), norm.epsilon, self.dtype)
     return x, [found[i : i + 2 + values] for i in range(0, len(found), 2 + values)]
 
   def side_by_side(self, x: jax.Array, num_heads: int, share: int = 0, shares: int = 1) -> jax.Array:
