@@ -43,31 +43,34 @@ def _ratio_kernel(x_ref, place_ref, size_ref, ratio_ref, *, width, groups, itera
   size, turns, tokens = size_ref[0, 0, 0], size_ref[0, 0, 1], x_ref.shape[2]
   for lanes, heads in head_groups(x_ref.shape[-1], width):
     x = x_ref[0, 0, :, lanes]
-    square = jnp.square(x.astype(jnp.float32))
-    every = [own_lanes(i, lanes.size, width) for i in range(len(heads))]
-    squares = _precise(jnp.concatenate([own.astype(jnp.float32) for own in every], axis=0), square, 1, 1)
+    rows = [own_lanes(i, lanes.size, width).astype(jnp.float32) for i in range(len(heads))]
+    squares = _precise(jnp.concatenate(rows, axis=0), jnp.square(x.astype(jnp.float32)), 1, 1)
     norms = jnp.maximum(jnp.sqrt(squares), 1e-12)
+    # The rows of a product are the centroids of all heads: of each head the first ones of its groups, then the second.
+    own = jnp.concatenate([jnp.broadcast_to(row, (2 * groups, lanes.size)) for row in rows], axis=0)
 
     @pl.loop(0, turns)
-    def _(turn, x=x, heads=heads, every=every, norms=norms):
-      first_group = turn * groups
-      start = (first_group + jax.lax.broadcasted_iota(jnp.int32, (groups, tokens), 0)) * size
-      for i, (head, own) in enumerate(zip(heads, every, strict=True)):
-        norm, place = norms[i : i + 1], place_ref[0, pl.ds(head, 1)]
-        within = place - start
-        inside = (within >= 0) & (within < size)
+    def _(turn, x=x, heads=heads, own=own, norms=norms):
+      start = (turn * groups + jax.lax.broadcasted_iota(jnp.int32, (groups, tokens), 0)) * size
+      places = [place_ref[0, pl.ds(head, 1)] for head in heads]
+      within = [place - start for place in places]
+      inside = [(w >= 0) & (w < size) for w in within]
 
-        def cosines(first, number=3, own=own, norm=norm, inside=inside):
-          weights = jnp.concatenate([jnp.where(inside, w, 0) for w in (first, 1 - first)], axis=0)
-          centroids = jnp.where(own, _precise(weights, x, 1, 0, number), 0)
-          length = jnp.sqrt((centroids * centroids).sum(axis=1, keepdims=True))
-          cosine = _precise(centroids / jnp.maximum(length, 1e-12), x, 1, 1)
-          return [jnp.where(inside, c, 0).sum(axis=0, keepdims=True) / norm for c in (cosine[:groups], cosine[groups:])]
+      def cosines(first, number=3):
+        weights = [jnp.where(i, w, 0) for f, i in zip(first, inside, strict=True) for w in (f, 1 - f)]
+        centroids = own * _precise(jnp.concatenate(weights, axis=0), x, 1, 0, number)
+        length = jnp.sqrt((centroids * centroids).sum(axis=1, keepdims=True))
+        cosine = _precise(centroids / jnp.maximum(length, 1e-12), x, 1, 1)
+        parts = [cosine[i * groups : (i + 1) * groups] for i in range(2 * len(heads))]
+        sums = [jnp.where(inside[i // 2], part, 0).sum(axis=0, keepdims=True) for i, part in enumerate(parts)]
+        sums = [x / norms[i // 2 : i // 2 + 1] for i, x in enumerate(sums)]
+        return list(zip(sums[::2], sums[1::2], strict=True))
 
-        c0, c1 = cosines((2 * within < size).astype(jnp.float32), 1)
-        for _ in range(iterations):
-          c0, c1 = cosines(1 / (1 + jnp.exp(sharpness * (c1 - c0))))
-        mine = (place >= first_group * size) & (place < (first_group + groups) * size)
+      found = cosines([(2 * w < size).astype(jnp.float32) for w in within], 1)
+      for _ in range(iterations):
+        found = cosines([1 / (1 + jnp.exp(sharpness * (c1 - c0))) for c0, c1 in found])
+      for head, place, (c0, c1) in zip(heads, places, found, strict=True):
+        mine = (place >= turn * groups * size) & (place < (turn + 1) * groups * size)
         ratio_ref[0, pl.ds(head, 1)] = jnp.where(mine, (c0 + 1) / (c1 + 1), ratio_ref[0, pl.ds(head, 1)])
 
 
