@@ -195,10 +195,8 @@ def test_dropout_and_wide_tokens_are_left_to_xla(monkeypatch):
 @pytest.mark.parametrize(
   ("name", "number", "overrides"),
   [
-    # The MLPs of three blocks; two projections of the two with several windows.
-    ("swin_tiny", 6 + 8, dict(depths=(2, 1), num_heads=(2, 3), window_size=4, embed_dim=12, patch_size=2)),
     (
-      "boat_swin_tiny",  # and of one block's clusters
+      "boat_swin_tiny",  # three blocks' MLPs, two projections of the two with several windows, and of one with clusters
       6 + 8 + 4,
       dict(depths=(2, 1), num_heads=(2, 3), window_size=4, embed_dim=12, patch_size=2, cluster_size=4, overlap=2),
     ),
