@@ -1,6 +1,7 @@
 """Depthwise convolution of 3x3 on a TPU's chip: Pallas kernels, forward and backward.
 
-Nine shifted images are nine reads where they come from memory; here an image is read once.
+Nine shifted images are nine reads where they come from memory; here an image is read once. Its tokens stay side by
+side, row by row, as all else has them: an array of rows would have to be copied, for 14 or 28 columns fill no tiles.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,52 +12,81 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from vit_jax_ext.models.kernels import VMEM_BYTES, like, on_each_device, tiled_bytes, vmem_bytes
+from vit_jax_ext.models.kernels import LANES, VMEM_BYTES, like, on_each_device, tiled_bytes, vmem_bytes
 
 TAPS = [(i, j) for i in range(3) for j in range(3)]
 TOKENS = 4096  # of the images that one program works on
+Grid = tuple[int, int]
+
+
+def _parts(dim: int) -> list[slice]:
+  """Returns the lanes of each tile: single rows of arrays of one tile's width can be read anywhere."""
+  return [slice(first, min(first + LANES, dim)) for first in range(0, dim, LANES)]
+
+
+def _working_shapes(tokens: int, dim: int, grid: Grid) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+  """Returns the shapes of an image in parts of its lanes, and of one between zeros."""
+  parts, zeros = len(_parts(dim)), -(-(grid[1] + 1) // 8) * 8
+  return (parts, tokens, LANES), (parts, tokens + 2 * zeros, LANES)
 
 
 def _pad(ref, image, padded):
-  """Puts an image in the middle of `padded`, (1 + rows + 1, 1 + columns + 1, C) float32."""
-  rows, columns = ref.shape[1:3]
+  """Puts an image between zeros."""
+  zeros = (padded.shape[1] - ref.shape[1]) // 2
   padded[...] = jnp.zeros_like(padded)
-
-  @pl.loop(0, rows)
-  def _(row):
-    padded[row + 1, pl.ds(1, columns)] = ref[image, row].astype(jnp.float32)
+  for part, lanes in enumerate(_parts(ref.shape[2])):
+    padded[part, zeros : zeros + ref.shape[1], : lanes.stop - lanes.start] = ref[image, :, lanes].astype(jnp.float32)
 
 
-def _neighbours(padded, row, columns, stripe):
-  """Yields tap and what each token of a row has there, (columns, C); zeros beyond its stripe."""
+def _write(source, ref, image):
+  """Writes an image that lies in parts."""
+  for part, lanes in enumerate(_parts(ref.shape[2])):
+    ref[image, :, lanes] = source[part, :, : lanes.stop - lanes.start].astype(ref.dtype)
+
+
+def _row(image, part, row, columns):
+  return image[part, pl.ds(row * columns, columns)]
+
+
+def _neighbours(padded, part, row, grid, stripe):
+  """Yields tap and what each token of a row has there, (columns, lanes); zeros beyond its stripe."""
+  rows, columns = grid
+  zeros = (padded.shape[1] - rows * columns) // 2
   column = jax.lax.broadcasted_iota(jnp.int32, (columns, 1), 0)
   for i, j in TAPS:
-    x = padded[row + i, pl.ds(j, columns)]
-    if stripe is not None and (i, j) != (1, 1):
+    x = padded[part, pl.ds(zeros + (row + i - 1) * columns + j - 1, columns)]
+    seen = (column + j - 1 >= 0) & (column + j - 1 < columns)
+    if stripe is not None:
       down, right = (
         jax.lax.div(at + by - 1, size) - jax.lax.div(at, size)
         for at, by, size in zip((row, column), (i, j), stripe, strict=True)
       )
-      x = jnp.where(2 * down + right == 0, x, 0)
-    yield 3 * i + j, x
+      seen &= 2 * down + right == 0
+    yield 3 * i + j, x if (i, j) == (1, 1) else jnp.where(seen, x, 0)
 
 
-def _forward_kernel(x_ref, kernel_ref, bias_ref, y_ref, padded, *, stripe):
-  images, rows, columns, _ = x_ref.shape
+def _forward_kernel(x_ref, kernel_ref, bias_ref, y_ref, padded, y, *, grid, stripe):
+  rows, columns = grid
 
-  @pl.loop(0, images)
+  @pl.loop(0, x_ref.shape[0])
   def _(image):
     _pad(x_ref, image, padded)
 
     @pl.loop(0, rows)
     def _(row):
-      y = sum(x * kernel_ref[pl.ds(tap, 1)] for tap, x in _neighbours(padded, row, columns, stripe))
-      y_ref[image, row] = (y + bias_ref[...]).astype(y_ref.dtype)
+      for part in range(len(padded)):
+        taps = _neighbours(padded, part, row, grid, stripe)
+        y[part, pl.ds(row * columns, columns)] = bias_ref[part] + sum(
+          x * kernel_ref[part, pl.ds(t, 1)] for t, x in taps
+        )
+
+    _write(y, y_ref, image)
 
 
-def _backward_kernel(x_ref, kernel_ref, dy_ref, dx_ref, sums_ref, padded, padded_dy, sums, *, stripe):
-  """`sums`, (10, columns, C): of what each tap meets, and of dy itself."""
-  images, rows, columns, _ = x_ref.shape
+def _backward_kernel(x_ref, kernel_ref, dy_ref, dx_ref, sums_ref, padded, padded_dy, dx, sums, *, grid, stripe):
+  """`sums`, (parts, 10, columns, lanes): of what each tap meets, and of dy itself."""
+  rows, columns = grid
+  zeros = (padded.shape[1] - rows * columns) // 2
 
   @pl.when(pl.program_id(0) == 0)
   def _():
@@ -64,46 +94,54 @@ def _backward_kernel(x_ref, kernel_ref, dy_ref, dx_ref, sums_ref, padded, padded
 
   sums[...] = jnp.zeros_like(sums)
 
-  @pl.loop(0, images)
+  @pl.loop(0, x_ref.shape[0])
   def _(image):
     _pad(x_ref, image, padded)
     _pad(dy_ref, image, padded_dy)
 
     @pl.loop(0, rows)
     def _(row):
-      dy = padded_dy[row + 1, pl.ds(1, columns)]
-      for tap, x in _neighbours(padded, row, columns, stripe):
-        sums[tap] += x * dy
-      sums[len(TAPS)] += dy
-      # The tap of a neighbour's gradient lies opposite to the neighbour.
-      dx = sum(x * kernel_ref[pl.ds(8 - tap, 1)] for tap, x in _neighbours(padded_dy, row, columns, stripe))
-      dx_ref[image, row] = dx.astype(dx_ref.dtype)
+      for part in range(len(padded)):
+        dy = padded_dy[part, pl.ds(zeros + row * columns, columns)]
+        for tap, x in _neighbours(padded, part, row, grid, stripe):
+          sums[part, tap] += x * dy
+        sums[part, len(TAPS)] += dy
+        # The tap of a neighbour's gradient lies opposite to the neighbour.
+        taps = _neighbours(padded_dy, part, row, grid, stripe)
+        dx[part, pl.ds(row * columns, columns)] = sum(x * kernel_ref[part, pl.ds(8 - tap, 1)] for tap, x in taps)
 
-  sums_ref[0] += sums[...].sum(axis=1)
+    _write(dx, dx_ref, image)
+
+  sums_ref[0] += sums[...].sum(axis=2)
 
 
-def _bytes(x, images):
+def _bytes(x: jax.Array, grid: Grid, images: int) -> int:
   """Returns what the kernel of the backward pass takes on the chip with so many images of x in a program."""
-  _, rows, columns, dim = x.shape
-  padded = tiled_bytes((rows + 2, columns + 2, dim), 4)
+  _, tokens, dim = x.shape
+  alone, padded = _working_shapes(tokens, dim, grid)
   # Three arrays, of which the next part is on its way while one is worked on.
-  return 2 * padded + 2 * 3 * images * tiled_bytes((rows, columns, dim), x.dtype.itemsize)
+  moved = 2 * 3 * images * tiled_bytes((tokens, dim), x.dtype.itemsize)
+  return tiled_bytes(alone, 4) + 2 * tiled_bytes(padded, 4) + moved
 
 
-def fits(x: jax.Array) -> bool:
-  """Returns whether the kernels have room on the chip for an image of x (images, rows, columns, C)."""
-  return _bytes(x, 1) <= vmem_bytes()
+def fits(x: jax.Array, grid: Grid) -> bool:
+  """Returns whether the kernels have room on the chip for an image of x (images, tokens, C)."""
+  return _bytes(x, grid, 1) <= vmem_bytes()
 
 
-def _call(kernel: Callable, arrays: Sequence[jax.Array], results, scratch, flops: int) -> Sequence[jax.Array]:
-  """Calls a kernel over blocks of images; what has four axes is images, of all else every program sees the same."""
-  images, rows, columns, _ = arrays[0].shape
-  most = max(1, TOKENS // (rows * columns))
-  block = max(d for d in range(1, most + 1) if images % d == 0 and (d == 1 or _bytes(arrays[0], d) <= vmem_bytes()))
+def _call(
+  kernel: Callable, arrays: Sequence[jax.Array], results, scratch, grid: Grid, flops: int
+) -> Sequence[jax.Array]:
+  """Calls a kernel over blocks of images; what is like the first array is images, all else every program sees whole."""
+  images, tokens, _ = arrays[0].shape
+  most = max(1, TOKENS // tokens)
+  block = max(
+    d for d in range(1, most + 1) if images % d == 0 and (d == 1 or _bytes(arrays[0], grid, d) <= vmem_bytes())
+  )
 
   def spec(x):
-    if x.ndim == 4:
-      return pl.BlockSpec((block, *x.shape[1:]), lambda i: (i, 0, 0, 0))
+    if x.shape == arrays[0].shape:
+      return pl.BlockSpec((block, *x.shape[1:]), lambda i: (i, 0, 0))
     return pl.BlockSpec(x.shape, lambda i: (0,) * x.ndim)
 
   return pl.pallas_call(
@@ -122,45 +160,54 @@ def _call(kernel: Callable, arrays: Sequence[jax.Array], results, scratch, flops
   )(*arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _in_parts(x: jax.Array) -> jax.Array:
+  """Returns (rows, C) as (parts, rows, lanes)."""
+  parts = len(_parts(x.shape[1]))
+  return jnp.pad(x, ((0, 0), (0, parts * LANES - x.shape[1]))).reshape(len(x), parts, LANES).swapaxes(0, 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def depthwise_conv(
-  x: jax.Array, kernel: jax.Array, bias: jax.Array, stripe: tuple[int, int] | None = None
+  x: jax.Array, kernel: jax.Array, bias: jax.Array, grid: Grid, stripe: Grid | None = None
 ) -> jax.Array:
   """Returns x convolved, each channel by itself and padded with zeros, in the dtype of x; computed in float32.
 
   Args:
-    x: (images, rows, columns, C).
+    x: (images, tokens, C).
     kernel: (9, C) float32, row by row.
     bias: (1, C) float32.
+    grid: (rows, columns) of tokens.
     stripe: (height, width) of parts of the image that see nothing of each other, or None.
   """
-  kernel_of = functools.partial(_forward_kernel, stripe=stripe)
+  kernel_of = functools.partial(_forward_kernel, grid=grid, stripe=stripe)
 
   def run(arrays):
     x = arrays["q"]
-    padded = (x.shape[1] + 2, x.shape[2] + 2, x.shape[3])
-    return _call(kernel_of, [*arrays.values()], [like(x)], [padded], 2 * len(TAPS) * x.size)
+    alone, padded = _working_shapes(*x.shape[1:], grid)
+    return _call(kernel_of, [*arrays.values()], [like(x)], [padded, alone], grid, 2 * len(TAPS) * x.size)
 
-  return on_each_device(run, dict(q=x, kernel_for_all=kernel, bias_for_all=bias), ["y"])[0]
-
-
-def _forward(x, kernel, bias, stripe):
-  return depthwise_conv(x, kernel, bias, stripe), (x, kernel)
+  arrays = dict(q=x, kernel_for_all=_in_parts(kernel), bias_for_all=_in_parts(bias))
+  return on_each_device(run, arrays, ["y"])[0]
 
 
-def _backward(stripe, residuals, dy):
+def _forward(x, kernel, bias, grid, stripe):
+  return depthwise_conv(x, kernel, bias, grid, stripe), (x, kernel)
+
+
+def _backward(grid, stripe, residuals, dy):
   x, kernel = residuals
-  kernel_of = functools.partial(_backward_kernel, stripe=stripe)
+  kernel_of = functools.partial(_backward_kernel, grid=grid, stripe=stripe)
 
   def run(arrays):
     x = arrays["q"]
-    padded = (x.shape[1] + 2, x.shape[2] + 2, x.shape[3])
-    sums = (len(TAPS) + 1, *x.shape[2:])
-    results = [like(x), jax.ShapeDtypeStruct((1, len(TAPS) + 1, x.shape[3]), jnp.float32)]
-    return _call(kernel_of, [*arrays.values()], results, [padded, padded, sums], 4 * len(TAPS) * x.size)
+    alone, padded = _working_shapes(*x.shape[1:], grid)
+    sums = (alone[0], len(TAPS) + 1, grid[1], LANES)
+    results = [like(x), jax.ShapeDtypeStruct((1, alone[0], len(TAPS) + 1, LANES), jnp.float32)]
+    scratch = [padded, padded, alone, sums]
+    return _call(kernel_of, [*arrays.values()], results, scratch, grid, 4 * len(TAPS) * x.size)
 
-  dx, sums = on_each_device(run, dict(q=x, kernel_for_all=kernel, y=dy), ["dq", "sums"])
-  sums = sums.sum(axis=0)
+  dx, sums = on_each_device(run, dict(q=x, kernel_for_all=_in_parts(kernel), y=dy), ["dq", "sums"])
+  sums = sums.sum(axis=0).swapaxes(0, 1).reshape(len(TAPS) + 1, -1)[:, : x.shape[2]]
   return dx, sums[: len(TAPS)], sums[len(TAPS) :]
 
 

@@ -288,8 +288,9 @@ class DepthwiseConv(Conv):
     x, kernel, bias = x.astype(self.dtype), self.kernel[...][:, :, 0].astype(dtype), self.bias[...].astype(dtype)
     shared = jax.sharding.get_abstract_mesh().shape.get("model", 1) > 1
     taken = platform() == "tpu" and x.dtype in (jnp.bfloat16, jnp.float32) and not shared
-    if taken and self.implementation != "reference" and fused_depthwise.fits(x):
-      return fused_depthwise.depthwise_conv(x, kernel.reshape(9, -1), bias[None], stripe)
+    tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+    if taken and self.implementation != "reference" and fused_depthwise.fits(tokens, grid):
+      return fused_depthwise.depthwise_conv(tokens, kernel.reshape(9, -1), bias[None], grid, stripe).reshape(x.shape)
     if stripe is not None:
       stripes = partition_windows(x, stripe)
       return merge_windows(self(stripes.reshape(-1, *stripe, x.shape[-1])).reshape(stripes.shape), grid, stripe)
