@@ -166,6 +166,11 @@ def _in_parts(x: jax.Array) -> jax.Array:
   return jnp.pad(x, ((0, 0), (0, parts * LANES - x.shape[1]))).reshape(len(x), parts, LANES).swapaxes(0, 1)
 
 
+def _from_parts(x: jax.Array, dim: int) -> jax.Array:
+  """Inverse of `_in_parts`, of all but the first axis."""
+  return x.swapaxes(1, 2).reshape(len(x), x.shape[2], -1)[:, :, :dim]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def depthwise_conv(
   x: jax.Array, kernel: jax.Array, bias: jax.Array, grid: Grid, stripe: Grid | None = None
@@ -204,10 +209,11 @@ def _backward(grid, stripe, residuals, dy):
     sums = (alone[0], len(TAPS) + 1, grid[1], LANES)
     results = [like(x), jax.ShapeDtypeStruct((1, alone[0], len(TAPS) + 1, LANES), jnp.float32)]
     scratch = [padded, padded, alone, sums]
-    return _call(kernel_of, [*arrays.values()], results, scratch, grid, 4 * len(TAPS) * x.size)
+    dx, found = _call(kernel_of, [*arrays.values()], results, scratch, grid, 4 * len(TAPS) * x.size)
+    return dx, _from_parts(found, x.shape[2])
 
   dx, sums = on_each_device(run, dict(q=x, kernel_for_all=_in_parts(kernel), y=dy), ["dq", "sums"])
-  sums = sums.sum(axis=0).swapaxes(0, 1).reshape(len(TAPS) + 1, -1)[:, : x.shape[2]]
+  sums = sums.sum(axis=0)
   return dx, sums[: len(TAPS)], sums[len(TAPS) :]
 
 
