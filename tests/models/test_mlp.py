@@ -230,3 +230,25 @@ def test_a_model_is_the_same_with_the_kernels(name, number, overrides, monkeypat
     assert len(used) == (0 if platform == "cpu" else number)
   for a, b in zip(*found.values(), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()) + 1e-6)
+
+
+@pytest.mark.parametrize(
+  ("kind", "tokens", "dim", "shares", "mlp", "projections"),
+  [
+    ("TPU v4", 784, 192, 1, True, True),
+    ("TPU v4", 3136, 64, 2, True, False),  # 19.7 of 16 MiB
+    ("TPU v4", 9216, 128, 1, False, False),  # 19.8 of 16 MiB for the MLP
+    ("TPU v5", 9216, 128, 1, True, True),
+    ("TPU v5 lite", 9216, 96, 2, True, True),
+    ("TPU v5 lite", 196, 256, 1, False, False),  # wide
+    ("TPU v3", 784, 96, 1, False, False),
+  ],
+)
+def test_the_kernels_keep_to_what_fits_on_a_chip(kind, tokens, dim, shares, mlp, projections):
+  """As compilers for these chips did or refused; values are used twice."""
+  x = jax.ShapeDtypeStruct((8, tokens, dim), jnp.float32)
+  device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+  auto = (jax.sharding.AxisType.Auto,)
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), auto, abstract_device=device)):
+    assert fused_mlp.fits(x, jnp.bfloat16, 4 * dim) == mlp
+    assert fused_projections.fits(x, jnp.bfloat16, 4 * shares, shares) == projections

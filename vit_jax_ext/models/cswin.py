@@ -121,9 +121,10 @@ class CSWinBlock(PyramidBlock):
     super().__init__(dim, mlp_ratio, drop_rate, drop_path_rate, **kw)
 
   def attend(self, x: jax.Array, rngs: nnx.Rngs | None) -> tuple[jax.Array, Intermediates]:
-    fused = (attn.is_fused_in(x, self.qkv, len(self.attns), rngs) for attn in self.attns)
-    if layers.is_narrow(x, self.qkv, rngs) and all(fused):
-      x, shares = self.qkv.after_norm(x, self.norm1, values=2, shares=len(self.attns))
+    number = len(self.attns)
+    fused = (attn.is_fused_in(x, self.qkv, number, rngs) for attn in self.attns)
+    if layers.is_narrow(x, self.qkv, rngs, values=2, shares=number) and all(fused):
+      x, shares = self.qkv.after_norm(x, self.norm1, values=2, shares=number)
       ys = [attn.terms(*qkvv) for attn, qkvv in zip(self.attns, shares, strict=True)]
       return self.proj.add_to(x, ys, layers.keep_factors(self.drop_path, x, rngs)), {}
     normed = self.norm1(x)

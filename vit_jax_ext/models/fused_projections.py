@@ -16,11 +16,18 @@ from vit_jax_ext.models.kernels import LANES, like, on_each_device, product, til
 from vit_jax_ext.models.narrow_tokens import clear_sums, from_left, normalise, normalise_backward, over_tokens
 
 
-def fits(x: jax.Array, dtype: jnp.dtype) -> bool:
-  """Returns whether the kernels take x (B, tokens, C) and products of `dtype`."""
+def fits(x: jax.Array, dtype: jnp.dtype, arrays: int, shares: int) -> bool:
+  """Returns whether the kernels take x (B, tokens, C) and products of `dtype`.
+
+  Args:
+    x, dtype: see `narrow_tokens.fits`.
+    arrays: queries, keys and values of all shares, as often as they are used.
+    shares: of the channels, which each of these has one of.
+  """
   _, tokens, dim = x.shape
-  moved = 3 * tiled_bytes((dim, tokens), 4) + 4 * tiled_bytes((tokens, dim), 2)
-  return narrow_tokens.fits(x, dtype, moved, 8 * tiled_bytes((dim, dim), 4) + 4 * tiled_bytes((dim, LANES), 4), 3 * dim)
+  moved = 3 * tiled_bytes((dim, tokens), 4) + arrays * tiled_bytes((tokens, dim // shares), 2)
+  weights = 8 * tiled_bytes((dim, dim), 4) + 4 * tiled_bytes((dim, LANES), 4)
+  return narrow_tokens.fits(x, dtype, moved, weights, 3 * dim)
 
 
 def _flops(x: jax.Array, w: jax.Array, products: int = 1) -> int:

@@ -323,10 +323,25 @@ class Mlp(nnx.Module):
     return fused_mlp.add_mlp(x, keep, *weights, norm.epsilon, self.fc1.dtype)
 
 
-def is_narrow(x: jax.Array, qkv: Linear, rngs: nnx.Rngs | None, proj_drop: nnx.Dropout | None = None) -> bool:
-  """Returns whether kernels lead from the residual stream x to queries, keys and values, and back to it."""
+def is_narrow(
+  x: jax.Array,
+  qkv: Linear,
+  rngs: nnx.Rngs | None,
+  proj_drop: nnx.Dropout | None = None,
+  values: int = 1,
+  shares: int = 1,
+) -> bool:
+  """Returns whether kernels lead from the residual stream x to queries, keys and values, and back to it.
+
+  Args:
+    x, rngs: of the block.
+    qkv: the projection.
+    proj_drop: dropout of the result, which the kernels do not know.
+    values, shares: see `PackedQKV.after_norm`.
+  """
   dropped = rngs and proj_drop is not None and proj_drop.rate
-  return platform() == "tpu" and not dropped and fused_projections.fits(x, qkv.dtype)
+  arrays = shares * (2 + values)
+  return platform() == "tpu" and not dropped and fused_projections.fits(x, qkv.dtype, arrays, shares)
 
 
 def head_dim(dim: int, num_heads: int) -> int:
