@@ -2,7 +2,7 @@
 
 Run: python tests/benchmarks/kernels.py [MODEL ...]
 Needs libtpu and no TPU. A schedule is a list of bundles, one a cycle; what is in a loop counts as often as it runs.
-Waits for memory are not in it; a loop over images has two rounds more than images, for what comes before and after.
+Waits for memory are not in it.
 Beside the cycles of a step, of what each unit could do in them, the share that it does.
 """
 
@@ -22,7 +22,7 @@ from speed import RECIPES
 
 UNITS = ("MXU", "XLU", "VALU", "EUP", "VLOAD", "VSTORE")
 BUNDLE = re.compile(r"\s*(?:0x)?[0-9a-f]+\s*(\w*)\s*:((?:\s*>)*)\s*\{")
-LOOP_EXIT = re.compile(r"scmp\.\w+\.s32\.totalorder %\S+, (\d+) /\* loop exit test")
+LOOP_EXIT = re.compile(r"scmp\.\w+\.s32\.totalorder (\(%\S+\), )?%\S+, (\d+) /\* loop exit test")
 
 
 def find_kernels(jaxpr, times: int = 1) -> collections.Counter:
@@ -55,7 +55,12 @@ class Kernel:
 
 
 def count_runs(bundles: list[str]) -> list[int]:
-  """Returns how often each bundle of a schedule runs: LB marks where a loop begins, the signs > how deep it lies."""
+  """Returns how often each bundle of a schedule runs.
+
+  LB marks where a loop begins, the signs > how deep it lies. A test that is done only where a loop ends is that of the
+  loop around it. The outermost loop is over a kernel's programs, in two rounds more, which load and store. A loop whose
+  limit is not a number, as that over the turns of BOAT's clustering, counts once.
+  """
   trips, loops_of, loops = {}, [], []
   for line in bundles:
     mark, signs = BUNDLE.match(line).groups()
@@ -67,8 +72,9 @@ def count_runs(bundles: list[str]) -> list[int]:
     if mark == "LB":
       loops.append((depth, len(loops_of)))
     loops_of.append(list(loops))
-    if loops and (found := LOOP_EXIT.search(line)):
-      trips[loops[-1]] = int(found[1])
+    for around, limit in LOOP_EXIT.findall(line) if loops else ():
+      trips[loops[-2 if around and len(loops) > 1 else -1]] = int(limit)
+  trips = {loop: rounds - 2 if loop[0] == 1 and rounds > 2 else rounds for loop, rounds in trips.items()}
   return [math.prod(trips.get(loop, 1) for loop in loops) for loops in loops_of]
 
 
