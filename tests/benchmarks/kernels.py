@@ -61,19 +61,18 @@ def count_runs(bundles: list[str]) -> list[int]:
   loop around it. The outermost loop is over a kernel's programs, in two rounds more, which load and store. A loop whose
   limit is not a number, as that over the turns of BOAT's clustering, counts once.
   """
-  trips, loops_of, loops = {}, [], []
+  trips, loops_of, loops, latest = {}, [], [], {}  # a loop is its depth and its first bundle
   for line in bundles:
     mark, signs = BUNDLE.match(line).groups()
     depth = signs.count(">")
-    if "{}" in line:  # empty, and without its depth
-      loops_of.append(list(loops))
-      continue
-    loops = [loop for loop in loops if loop[0] < depth or (loop[0] == depth and mark != "LB")]
-    if mark == "LB":
-      loops.append((depth, len(loops_of)))
-    loops_of.append(list(loops))
-    for around, limit in LOOP_EXIT.findall(line) if loops else ():
-      trips[loops[-2 if around and len(loops) > 1 else -1]] = int(limit)
+    if "{}" not in line:  # else it is empty, and without its depth
+      if mark == "LB":
+        latest[depth] = len(loops_of)
+      loops = [(d, latest[d]) for d in range(1, depth + 1)]
+      for around, limit in LOOP_EXIT.findall(line) if loops else ():
+        where = max(1, depth - bool(around))
+        trips[where, latest[where]] = int(limit)
+    loops_of.append(loops)
   trips = {loop: rounds - 2 if loop[0] == 1 and rounds > 2 else rounds for loop, rounds in trips.items()}
   return [math.prod(trips.get(loop, 1) for loop in loops) for loops in loops_of]
 

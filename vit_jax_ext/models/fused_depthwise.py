@@ -48,25 +48,29 @@ def _row(image, part, row, columns):
   return image[part, pl.ds(row * columns, columns)]
 
 
-def _neighbours(padded, part, row, grid, stripe):
+def _places(grid, stripe):
+  """Returns the column that each token of a row has in its stripe, (columns, 1), where they are more than one."""
+  column = jax.lax.broadcasted_iota(jnp.int32, (grid[1], 1), 0)
+  width = grid[1] if stripe is None else stripe[1]
+  return column if width == grid[1] else column - width * jax.lax.div(column, width)
+
+
+def _neighbours(padded, part, row, grid, stripe, places):
   """Yields tap and what each token of a row has there, (columns, lanes); zeros beyond its stripe."""
   rows, columns = grid
+  height, width = stripe or grid
   zeros = (padded.shape[1] - rows * columns) // 2
-  column = jax.lax.broadcasted_iota(jnp.int32, (columns, 1), 0)
   for i, j in TAPS:
     x = padded[part, pl.ds(zeros + (row + i - 1) * columns + j - 1, columns)]
-    seen = (column + j - 1 >= 0) & (column + j - 1 < columns)
-    if stripe is not None:
-      down, right = (
-        jax.lax.div(at + by - 1, size) - jax.lax.div(at, size)
-        for at, by, size in zip((row, column), (i, j), stripe, strict=True)
-      )
-      seen &= 2 * down + right == 0
-    yield 3 * i + j, x if (i, j) == (1, 1) else jnp.where(seen, x, 0)
+    seen = {0: places > 0, 1: None, 2: places < width - 1}[j]
+    if height < rows and i != 1:
+      same = jax.lax.div(row + i - 1, height) == jax.lax.div(row, height)
+      seen = same if seen is None else seen & same
+    yield 3 * i + j, x if seen is None else jnp.where(seen, x, 0)
 
 
 def _forward_kernel(x_ref, kernel_ref, bias_ref, y_ref, padded, y, *, grid, stripe):
-  rows, columns = grid
+  (rows, columns), places = grid, _places(grid, stripe)
 
   @pl.loop(0, x_ref.shape[0])
   def _(image):
@@ -75,7 +79,7 @@ def _forward_kernel(x_ref, kernel_ref, bias_ref, y_ref, padded, y, *, grid, stri
     @pl.loop(0, rows)
     def _(row):
       for part in range(len(padded)):
-        taps = _neighbours(padded, part, row, grid, stripe)
+        taps = _neighbours(padded, part, row, grid, stripe, places)
         y[part, pl.ds(row * columns, columns)] = bias_ref[part] + sum(
           x * kernel_ref[part, pl.ds(t, 1)] for t, x in taps
         )
@@ -85,7 +89,7 @@ def _forward_kernel(x_ref, kernel_ref, bias_ref, y_ref, padded, y, *, grid, stri
 
 def _backward_kernel(x_ref, kernel_ref, dy_ref, dx_ref, sums_ref, padded, padded_dy, dx, sums, *, grid, stripe):
   """`sums`, (parts, 10, columns, lanes): of what each tap meets, and of dy itself."""
-  rows, columns = grid
+  (rows, columns), places = grid, _places(grid, stripe)
   zeros = (padded.shape[1] - rows * columns) // 2
 
   @pl.when(pl.program_id(0) == 0)
@@ -103,11 +107,11 @@ def _backward_kernel(x_ref, kernel_ref, dy_ref, dx_ref, sums_ref, padded, padded
     def _(row):
       for part in range(len(padded)):
         dy = padded_dy[part, pl.ds(zeros + row * columns, columns)]
-        for tap, x in _neighbours(padded, part, row, grid, stripe):
+        for tap, x in _neighbours(padded, part, row, grid, stripe, places):
           sums[part, tap] += x * dy
         sums[part, len(TAPS)] += dy
         # The tap of a neighbour's gradient lies opposite to the neighbour.
-        taps = _neighbours(padded_dy, part, row, grid, stripe)
+        taps = _neighbours(padded_dy, part, row, grid, stripe, places)
         dx[part, pl.ds(row * columns, columns)] = sum(x * kernel_ref[part, pl.ds(8 - tap, 1)] for tap, x in taps)
 
     _write(dx, dx_ref, image)
