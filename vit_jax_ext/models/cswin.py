@@ -37,9 +37,9 @@ class StripeAttention(layers.MultiHeadAttention):
     self.grid, self.stripe = grid, stripe
     self.get_v = layers.DepthwiseConv(dim, **kw)
 
-  def is_fused_in(self, x: jax.Array, qkv: layers.PackedQKV, shares: int, rngs: nnx.Rngs | None) -> bool:
-    """Returns whether a kernel finds the stripes in one of `shares` of the channels of tokens like x (B, N, C)."""
-    share = jax.ShapeDtypeStruct((*x.shape[:2], x.shape[2] // shares), qkv.dtype)
+  def is_fused_in(self, x: jax.Array | jax.ShapeDtypeStruct, shares: int, rngs: nnx.Rngs | None) -> bool:
+    """Returns whether a kernel finds the stripes in one of `shares` of the channels of tokens x (B, N, C)."""
+    share = jax.ShapeDtypeStruct((*x.shape[:2], x.shape[2] // shares), x.dtype)
     return self.windows_are_fused(share, Windows(self.grid, self.stripe), rngs)
 
   def positions(self, v: jax.Array) -> jax.Array:
@@ -62,7 +62,7 @@ class StripeAttention(layers.MultiHeadAttention):
       share, shares: which of its equal sets of heads are meant.
     """
     batch, tokens, dim = x.shape
-    if self.is_fused_in(x, qkv, shares, rngs):
+    if self.is_fused_in(x, shares, rngs):
       if not can_pack(dim // shares, self.num_heads):
         q, k, v = qkv(x, share, shares)
         return sum(self.terms(q, k, v, v))
@@ -121,8 +121,8 @@ class CSWinBlock(PyramidBlock):
     super().__init__(dim, mlp_ratio, drop_rate, drop_path_rate, **kw)
 
   def attend(self, x: jax.Array, rngs: nnx.Rngs | None) -> tuple[jax.Array, Intermediates]:
-    number = len(self.attns)
-    fused = (attn.is_fused_in(x, self.qkv, number, rngs) for attn in self.attns)
+    number, normed = len(self.attns), jax.ShapeDtypeStruct(x.shape, self.qkv.dtype)
+    fused = (attn.is_fused_in(normed, number, rngs) for attn in self.attns)
     if layers.is_narrow(x, self.qkv, rngs, values=2, shares=number) and all(fused):
       x, shares = self.qkv.after_norm(x, self.norm1, values=2, shares=number)
       ys = [attn.terms(*qkvv) for attn, qkvv in zip(self.attns, shares, strict=True)]
