@@ -3,6 +3,7 @@
 import importlib.util
 import math
 
+import jax
 import pytest
 
 import vit_jax_ext as vx
@@ -28,6 +29,7 @@ from vit_jax_ext.plan import kinds
   ],
 )
 def test_bad_names_are_told_in_a_line(name, slices, words):
+  assert len(jax.devices()) == 8  # from here on; as the first test of a process it would simulate 1,000
   with pytest.raises(vx.UserError) as error:
     kinds.open_target(name, slices)
   assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
