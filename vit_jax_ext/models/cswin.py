@@ -128,8 +128,7 @@ class CSWinBlock(PyramidBlock):
       ys = [attn.terms(*qkvv) for attn, qkvv in zip(self.attns, shares, strict=True)]
       return self.proj.add_to(x, ys, layers.keep_factors(self.drop_path, x, rngs)), {}
     normed = self.norm1(x)
-    shares = len(self.attns)
-    y = jnp.stack([attn(normed, self.qkv, i, shares, rngs) for i, attn in enumerate(self.attns)], axis=-2)
+    y = jnp.stack([attn(normed, self.qkv, i, number, rngs) for i, attn in enumerate(self.attns)], axis=-2)
     return x + drop(self.drop_path, self.proj(y), rngs), {}
 
 
