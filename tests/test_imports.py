@@ -47,7 +47,7 @@ models.vit  models.deepvit  models.crossvit  models.swin  models.cswin
 models.isotropic  models.pyramid  models.batch_norm
 models.layers  models.functional
 models.fused_mlp  models.fused_projections
-models.narrow_tokens  models.gelu
+models.token_kernels  models.gelu
 models.attention  models.initial
 models.fused_windows  models.fused_reattention  models.fused_clustering  models.fused_depthwise
 models.fused_attention

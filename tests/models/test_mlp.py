@@ -1,4 +1,4 @@
-"""GELU, and the kernels of narrow tokens, interpreted, against SciPy and plain jnp: MLP and projections of a block."""
+"""GELU, and the kernels of MLP and projections of a block, interpreted, against SciPy and plain jnp."""
 
 import functools
 
@@ -14,7 +14,18 @@ import pytest
 import scipy.special
 
 import vit_jax_ext as vx
-from vit_jax_ext.models import attention, fused_mlp, fused_projections, gelu, layers, narrow_tokens, pyramid
+from vit_jax_ext.models import (
+  attention,
+  cswin,
+  deepvit,
+  fused_mlp,
+  fused_projections,
+  gelu,
+  layers,
+  pyramid,
+  swin,
+  token_kernels,
+)
 
 
 def draw(*shapes, seed=0):
@@ -85,12 +96,19 @@ def fused_branch(x, keep, norm, qkv, proj):
   return fused_projections.add_projected(x, ys, keep, proj)
 
 
+@pytest.fixture(params=["lanes", "rows"])
+def layout(request, monkeypatch):
+  """Tokens along the lanes, or row by row, whatever their width."""
+  monkeypatch.setattr(token_kernels, "NARROW", 192 if request.param == "lanes" else 0)
+  return request.param
+
+
 @pytest.mark.parametrize(
   ("tokens", "dim", "held"), [(300, 24, 128 * 96), (300, 24, 2**18), (256, 16, 1), (49, 40, 2**18), (128, 8, 2**18)]
 )
-def test_the_kernels_are_the_mlp_half_of_a_block(tokens, dim, held, monkeypatch):
+def test_the_kernels_are_the_mlp_half_of_a_block(tokens, dim, held, layout, monkeypatch):
   """Values and all gradients: tokens in several steps, with and without a rest, or in one; one image is dropped."""
-  monkeypatch.setattr(narrow_tokens, "HELD", held)
+  monkeypatch.setattr(token_kernels, "HELD", (held, held))
   x, dy = draw(*[(3, tokens, dim)] * 2)
   keep = jnp.asarray([0.0, 1.25, 1.0]).reshape(3, 1, 1)
   with pltpu.force_tpu_interpret_mode(), jax.default_matmul_precision("highest"):
@@ -105,9 +123,9 @@ def test_the_kernels_are_the_mlp_half_of_a_block(tokens, dim, held, monkeypatch)
 @pytest.mark.parametrize(
   ("tokens", "dim", "held"), [(300, 24, 128 * 72), (300, 24, 2**18), (49, 40, 1), (128, 8, 2**18)]
 )
-def test_the_kernels_are_what_is_before_attention_and_after_it(tokens, dim, held, monkeypatch):
+def test_the_kernels_are_what_is_before_attention_and_after_it(tokens, dim, held, layout, monkeypatch):
   """Values and all gradients."""
-  monkeypatch.setattr(narrow_tokens, "HELD", held)
+  monkeypatch.setattr(token_kernels, "HELD", (held, held))
   x, dy = draw(*[(3, tokens, dim)] * 2)
   keep = jnp.asarray([0.0, 1.25, 1.0]).reshape(3, 1, 1)
   norm, _, proj = parameters(dim, dim)
@@ -178,18 +196,75 @@ def test_a_block_is_the_same_with_the_kernels(param_dtype, monkeypatch):
     assert np.linalg.norm(a - b) < 1e-2 * np.linalg.norm(b)
 
 
-def test_dropout_and_wide_tokens_are_left_to_xla(monkeypatch):
+def test_what_the_kernels_do_not_take_is_left_to_xla(monkeypatch):
   monkeypatch.setattr(layers, "platform", lambda: "tpu")
   kw = dict(dtype=jnp.bfloat16, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
-  x = jax.ShapeDtypeStruct((2, 196, 16), jnp.float32)
+
+  def is_fused(mlp, dim=16, tokens=196, dtype=jnp.float32, train=False):
+    norm = layers.LayerNorm(dim, **kw)
+
+    def run(x):
+      return mlp.add_to(x, norm, layers.DropPath(0.0), nnx.Rngs(0) if train else None)
+
+    return "pallas_call" in str(jax.make_jaxpr(run)(jax.ShapeDtypeStruct((2, tokens, dim), dtype)))
+
   mlp = layers.Mlp(16, 64, 0.1, **kw)
-  assert mlp.is_fused(x, None) and not mlp.is_fused(x, nnx.Rngs(0))
-  assert layers.Mlp(16, 64, **kw).is_fused(x, nnx.Rngs(0))
-  assert not layers.Mlp(16, 64, **kw | dict(dtype=jnp.float32)).is_fused(x, None)
-  assert not layers.Mlp(256, 1024, **kw).is_fused(x.update(shape=(2, 196, 256)), None)
+  assert is_fused(mlp) and not is_fused(mlp, train=True)
+  assert is_fused(layers.Mlp(16, 64, **kw), train=True)
+  assert not is_fused(layers.Mlp(16, 64, **kw | dict(dtype=jnp.float32)))
+  assert not is_fused(mlp, dtype=jnp.bfloat16)
+  assert is_fused(layers.Mlp(256, 1024, **kw), dim=256)
+  assert not is_fused(layers.Mlp(256, 1024, **kw), dim=256, tokens=49)
   mesh = jax.sharding.AbstractMesh((2, 2), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
   with jax.sharding.use_abstract_mesh(mesh):
-    assert not mlp.is_fused(x, None)
+    assert not is_fused(mlp)
+  mlp.implementation = "reference"
+  assert not is_fused(mlp)
+
+
+DRAWN = (0.0, 0.0, 0.5)  # rates of dropout and of stochastic depth
+RE_ATTENTION = functools.partial(deepvit.ReAttention, norm="batch", reatten_scale=None)
+
+
+@pytest.mark.parametrize(
+  ("make", "dim", "kernels"),
+  [
+    (lambda **kw: swin.SwinBlock(128, 4, (4, 4), (2, 2), (1, 1), 2.0, *DRAWN, **kw), 128, 8),
+    (lambda **kw: cswin.CSWinBlock(256, 4, (4, 4), [(4, 2), (2, 4)], 1.0, *DRAWN, **kw), 256, 14),
+    (lambda **kw: layers.Block(128, 2, 2.0, *DRAWN, **kw), 128, 8),
+    (lambda **kw: deepvit.AdjustedBlock(24, 3, 2.0, *DRAWN, adjustment=0.5, attention=RE_ATTENTION, **kw), 24, 10),
+  ],
+  ids=["swin", "cswin", "vit", "deepvit"],
+)
+def test_wide_blocks_are_the_same_with_the_kernels(make, dim, kernels, monkeypatch):
+  """Values, maps and gradients in training, in float32, which the kernels do for this test alone."""
+  monkeypatch.setattr(token_kernels, "DTYPE", jnp.float32)
+  monkeypatch.setattr(token_kernels, "NARROW", 0)
+  monkeypatch.setattr(token_kernels, "FEWEST", 0)
+  graphdef, params, rest = nnx.split(make(dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)), nnx.Param, ...)
+  params = jax.tree.map(lambda x: x + 0.1 * draw(x.shape, seed=x.size)[0], params)
+  x, dy = draw(*[(4, 16, dim)] * 2)
+  is_pyramid = isinstance(make(dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)), pyramid.PyramidBlock)
+
+  def run(params, x):
+    def values(params, x):
+      block = nnx.merge(graphdef, params, jax.tree.map(lambda x: x, rest))
+      return block(x, nnx.Rngs(1), **({} if is_pyramid else {"train": True}))
+
+    (y, maps), back = jax.vjp(values, params, x)
+    return y, maps, back((dy, jax.tree.map(jnp.zeros_like, maps)))
+
+  found = []
+  for platform in ("cpu", "tpu"):
+    for module in (attention, layers, gelu):
+      monkeypatch.setattr(module, "platform", lambda platform=platform: platform)
+    with pltpu.force_tpu_interpret_mode(), jax.default_matmul_precision("highest"):
+      assert str(jax.make_jaxpr(functools.partial(run))(params, x)).count("pallas_call[") == (
+        kernels if platform == "tpu" else 0
+      )
+      found.append(jax.jit(functools.partial(run))(params, x))  # traced anew
+  for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()) + 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -209,9 +284,9 @@ def test_dropout_and_wide_tokens_are_left_to_xla(monkeypatch):
 )
 def test_a_model_is_the_same_with_the_kernels(name, number, overrides, monkeypatch):
   """Logits, clusters and gradients in training, in float32, which the kernels do for this test alone."""
-  images, found, used, call = draw((2, 16, 16, 3))[0], {}, [], narrow_tokens.call
-  monkeypatch.setattr(narrow_tokens, "call", lambda kernel, *others: used.append(kernel) or call(kernel, *others))
-  monkeypatch.setattr(narrow_tokens, "DTYPE", jnp.float32)
+  images, found, used, call = draw((2, 16, 16, 3))[0], {}, [], token_kernels.call
+  monkeypatch.setattr(token_kernels, "call", lambda kernel, *others: used.append(kernel) or call(kernel, *others))
+  monkeypatch.setattr(token_kernels, "DTYPE", jnp.float32)
   model = vx.create_model(name, rngs=nnx.Rngs(0), num_classes=5, image_size=16, drop_path_rate=0.3, **overrides)
   graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
@@ -240,7 +315,8 @@ def test_a_model_is_the_same_with_the_kernels(name, number, overrides, monkeypat
     ("TPU v4", 9216, 128, 1, False, False),  # 19.8 of 16 MiB for the MLP
     ("TPU v5", 9216, 128, 1, True, True),
     ("TPU v5 lite", 9216, 96, 2, True, True),
-    ("TPU v5 lite", 196, 256, 1, False, False),  # wide
+    ("TPU v5 lite", 196, 256, 1, True, True),
+    ("TPU v5 lite", 49, 768, 1, False, False),  # so few that products would wait for weights
     ("TPU v3", 784, 96, 1, False, False),
   ],
 )

@@ -46,11 +46,19 @@ class StripeAttention(layers.MultiHeadAttention):
     """Returns the position term of values (B, N, C / shares)."""
     return self.get_v(v.reshape(v.shape[0], *self.grid, -1), self.stripe).reshape(v.shape)
 
-  def terms(self, q, k, v, v_again) -> list[jax.Array]:
-    """Returns the two terms of what `is_fused_in` a share's tokens (B, N, C / shares): attention and positions."""
-    width = v.shape[-1] // self.num_heads
-    y = attend_windows(q, k, v, None, None, Windows(self.grid, self.stripe), width, self.scale)
-    return [y, self.positions(v_again)]
+  def terms(self, qkv: list[jax.Array]) -> list[jax.Array]:
+    """Returns the two terms of what `is_fused_in` a share's tokens (B, N, C / shares): attention and positions.
+
+    Args:
+      qkv: queries, keys and values, these once for each term; or all in one array.
+    """
+    windows = Windows(self.grid, self.stripe)
+    if len(qkv) == 1:
+      y, v = attend_packed_stripes(*qkv, windows, self.num_heads, self.scale)
+    else:
+      q, k, values, v = qkv
+      y = attend_windows(q, k, values, None, None, windows, v.shape[-1] // self.num_heads, self.scale)
+    return [y, self.positions(v)]
 
   def __call__(
     self, x: jax.Array, qkv: layers.PackedQKV, share: int, shares: int, rngs: nnx.Rngs | None = None
@@ -63,12 +71,10 @@ class StripeAttention(layers.MultiHeadAttention):
     """
     batch, tokens, dim = x.shape
     if self.is_fused_in(x, shares, rngs):
-      if not can_pack(dim // shares, self.num_heads):
-        q, k, v = qkv(x, share, shares)
-        return sum(self.terms(q, k, v, v))
-      packed = qkv.side_by_side(x, self.num_heads, share, shares)
-      y, v = attend_packed_stripes(packed, Windows(self.grid, self.stripe), self.num_heads, self.scale)
-      return y + self.positions(v)
+      if can_pack(dim // shares, self.num_heads):
+        return sum(self.terms([qkv.side_by_side(x, self.num_heads, share, shares)]))
+      q, k, v = qkv(x, share, shares)
+      return sum(self.terms([q, k, v, v]))
     q, k, v = qkv(layers.partition_windows(x.reshape(batch, *self.grid, -1), self.stripe), share, shares)
     y, _ = self.attend(q, k, v, rngs)
     y = y + self.get_v(v.reshape(-1, *self.stripe, v.shape[-1])).reshape(y.shape)
@@ -123,9 +129,10 @@ class CSWinBlock(PyramidBlock):
   def attend(self, x: jax.Array, rngs: nnx.Rngs | None) -> tuple[jax.Array, Intermediates]:
     number, normed = len(self.attns), jax.ShapeDtypeStruct(x.shape, self.qkv.dtype)
     fused = (attn.is_fused_in(normed, number, rngs) for attn in self.attns)
-    if layers.is_narrow(x, self.qkv, rngs, values=2, shares=number) and all(fused):
-      x, shares = self.qkv.after_norm(x, self.norm1, values=2, shares=number)
-      ys = [attn.terms(*qkvv) for attn, qkvv in zip(self.attns, shares, strict=True)]
+    if layers.projections_are_fused(x, self.qkv, rngs, values=2, shares=number) and all(fused):
+      packed = can_pack(x.shape[-1] // number, self.attns[0].num_heads)
+      x, shares = self.qkv.after_norm(x, self.norm1, values=2, shares=number, packed=packed)
+      ys = [attn.terms(qkv) for attn, qkv in zip(self.attns, shares, strict=True)]
       return self.proj.add_to(x, ys, layers.keep_factors(self.drop_path, x, rngs)), {}
     normed = self.norm1(x)
     y = jnp.stack([attn(normed, self.qkv, i, number, rngs) for i, attn in enumerate(self.attns)], axis=-2)

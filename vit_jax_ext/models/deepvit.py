@@ -83,17 +83,17 @@ class ReAttention(Attention):
     self.var_norm = head_norm(norm, num_heads, statistics_batch, **kw)
     self.reatten_scale = self.scale if reatten_scale is None else reatten_scale
 
-  def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
-    """Returns the new tokens (B, N, C) and the maps that multiply the values (B, heads, N, N)."""
-    q, k, v = self.qkv(x)
+  def is_packed(self, x: jax.Array | jax.ShapeDtypeStruct, rngs: nnx.Rngs | None) -> bool:
+    return False
+
+  def attend_tokens(self, q, k, v, rngs: nnx.Rngs | None, train: bool) -> tuple[jax.Array, jax.Array]:
+    """Returns what attention gives, and the maps that multiply the values (B, heads, N, N)."""
     if isinstance(self.var_norm, layers.LayerNorm) or (rngs and self.attn_drop.rate):
-      y, attn = self._attend_by_maps(q, k, v, rngs, train)
-    else:
-      mixing, shift = self._mixing(q, k, train)
-      y, attn = reattend(
-        q, k, v, mixing, shift, num_heads=self.num_heads, scale=self.scale, implementation=self.implementation
-      )
-    return drop(self.proj_drop, self.proj(y), rngs), attn
+      return self._attend_by_maps(q, k, v, rngs, train)
+    mixing, shift = self._mixing(q, k, train)
+    return reattend(
+      q, k, v, mixing, shift, num_heads=self.num_heads, scale=self.scale, implementation=self.implementation
+    )
 
   def _mixing(self, q: jax.Array, k: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
     """Returns what convolution, BatchNorm and scale make of the maps, as factors of the centred ones and an addition.
@@ -135,19 +135,11 @@ class ReAttention(Attention):
 
 
 class AdjustedBlock(Block):
-  """Block whose branches see the residual stream times `scale_adjustment` and add their result divided by it."""
+  """Block whose branches see the residual stream times `adjustment` and add their result divided by it."""
 
-  def __init__(self, *args, scale_adjustment: float, **kw):
+  def __init__(self, *args, adjustment: float, **kw):
     super().__init__(*args, **kw)
-    self.scale_adjustment = scale_adjustment
-
-  def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
-    """Returns the new tokens (B, N, C) and the attention maps (B, heads, N, N)."""
-    scale = self.scale_adjustment
-    y, attn = self.attn(self.norm1(x * scale), rngs, train=train)
-    x = x + drop(self.drop_path, y, rngs) / scale
-    x = x + drop(self.drop_path, self.mlp(self.norm2(x * scale), rngs), rngs) / scale
-    return x, attn
+    self.adjustment = adjustment
 
 
 class DeepViT(IsotropicTransformer):
@@ -164,7 +156,7 @@ class DeepViT(IsotropicTransformer):
     statistics_batch: images of which each BatchNorm, also that of the stem, takes statistics; None for the whole batch,
       on all devices together. The authors' scripts have 32 on each GPU and do not synchronise them.
     reatten_scale: factor of the maps after re-attention; None for head_dim ** -0.5.
-    scale_adjustment: factor of the residual stream as the branches see it; see AdjustedBlock.
+    scale_adjustment: factor of the residual stream as the branches see it; see Block.
     conv_stem: two convolutions with BatchNorm before the patches are embedded; `patch_size` is then even.
 
   Raises:
@@ -215,4 +207,4 @@ class DeepViT(IsotropicTransformer):
         statistics_batch=self.statistics_batch,
         reatten_scale=self.reatten_scale,
       )
-    return functools.partial(AdjustedBlock, scale_adjustment=self.scale_adjustment, attention=attention)
+    return functools.partial(AdjustedBlock, adjustment=self.scale_adjustment, attention=attention)

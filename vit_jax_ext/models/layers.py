@@ -69,7 +69,7 @@ class Linear(nnx.Linear):
     return x if self.bias is None else add_bias(x, self.bias[...])
 
   def add_to(self, x: jax.Array, ys: list[list[jax.Array]], keep: jax.Array) -> jax.Array:
-    """Returns x + keep * self(y) by a kernel, where tokens are narrow: see `fused_projections.add_projected`."""
+    """Returns x + keep * self(y) by a kernel, see `fused_projections.add_projected`."""
     return fused_projections.add_projected(x, ys, keep, _weight_and_bias(self))
 
 
@@ -301,9 +301,14 @@ class DepthwiseConv(Conv):
 
 
 class Mlp(nnx.Module):
-  """Linear, GELU, dropout, Linear, dropout."""
+  """Linear, GELU, dropout, Linear, dropout.
+
+  Attributes:
+    implementation: auto, or reference for no kernel; set by `registry.create_model`.
+  """
 
   def __init__(self, dim: int, hidden_dim: int, drop_rate: float = 0.0, **kw):
+    self.implementation = "auto"
     self.fc1 = Linear(dim, hidden_dim, **kw)
     self.fc2 = Linear(hidden_dim, dim, **kw)
     self.drop = nnx.Dropout(drop_rate)
@@ -312,18 +317,18 @@ class Mlp(nnx.Module):
     x = drop(self.drop, gelu(self.fc1(x)), rngs)
     return drop(self.drop, self.fc2(x), rngs)
 
-  def is_fused(self, x: jax.Array, rngs: nnx.Rngs | None) -> bool:
-    """Returns whether `add_to` does this MLP, after a norm of x, by a kernel for TPUs."""
-    takes = platform() == "tpu" and not (rngs and self.drop.rate)
-    return takes and fused_mlp.fits(x, self.fc1.dtype, self.fc1.out_features)
+  def add_to(
+    self, x: jax.Array, norm: LayerNorm, drop_path: nnx.Dropout, rngs: nnx.Rngs | None, adjustment: float = 1.0
+  ) -> jax.Array:
+    """Returns x + self(norm(x * adjustment)) / adjustment, with stochastic depth; by a kernel for TPUs if one fits."""
+    taken = platform() == "tpu" and self.implementation != "reference" and not (rngs and self.drop.rate)
+    if taken and fused_mlp.fits(x, self.fc1.dtype, self.fc1.out_features):
+      weights, epsilon = (_weight_and_bias(layer) for layer in (norm, self.fc1, self.fc2)), norm.epsilon / adjustment**2
+      return fused_mlp.add_mlp(x, keep_factors(drop_path, x, rngs) / adjustment, *weights, epsilon, self.fc1.dtype)
+    return x + drop(drop_path, self(norm(x * adjustment), rngs), rngs) / adjustment
 
-  def add_to(self, x: jax.Array, keep: jax.Array, norm: LayerNorm) -> jax.Array:
-    """Returns x + keep * self(norm(x)) where `is_fused`."""
-    weights = (_weight_and_bias(layer) for layer in (norm, self.fc1, self.fc2))
-    return fused_mlp.add_mlp(x, keep, *weights, norm.epsilon, self.fc1.dtype)
 
-
-def is_narrow(
+def projections_are_fused(
   x: jax.Array,
   qkv: Linear,
   rngs: nnx.Rngs | None,
@@ -376,19 +381,25 @@ class PackedQKV(Linear):
     return [add_bias(x @ kernel[:, i], bias[i]) for i in range(3)]
 
   def after_norm(
-    self, x: jax.Array, norm: LayerNorm, values: int = 1, shares: int = 1
+    self, x: jax.Array, norm: LayerNorm, values: int = 1, shares: int = 1, packed: bool = False, adjustment: float = 1.0
   ) -> tuple[jax.Array, list[list[jax.Array]]]:
-    """Returns x, for the residual, and what self(norm(x)) has for each of `shares`, by a kernel for narrow tokens.
+    """Returns x, for the residual, and what self(norm(x * adjustment)) has for each of `shares`, by a kernel for TPUs.
 
     Args:
       x, norm: see `fused_projections.project_normed`.
       values: how often values are returned, for as many uses.
       shares: as above.
+      packed: side by side, in one array for each share, instead.
     """
-    parts = [share + part * shares for share in range(shares) for part in (0, 1, *[2] * values)]
-    weights = (_weight_and_bias(layer) for layer in (norm, self))
-    x, found = fused_projections.project_normed(x, *weights, tuple(parts), norm.epsilon, self.dtype)
-    return x, [found[i : i + 2 + values] for i in range(0, len(found), 2 + values)]
+    scale_and_bias, (kernel, bias) = _weight_and_bias(norm), _weight_and_bias(self)
+    if packed:
+      parts, size = [*range(shares)], 1
+      kernel, bias = (y.reshape(*y.shape[:-1], 3, shares, -1).swapaxes(-3, -2).reshape(y.shape) for y in (kernel, bias))
+    else:
+      parts, size = [share + part * shares for share in range(shares) for part in (0, 1, *[2] * values)], 2 + values
+    epsilon = norm.epsilon / adjustment**2
+    x, found = fused_projections.project_normed(x, scale_and_bias, (kernel, bias), tuple(parts), epsilon, self.dtype)
+    return x, [found[i : i + size] for i in range(0, len(found), size)]
 
   def side_by_side(self, x: jax.Array, num_heads: int, share: int = 0, shares: int = 1) -> jax.Array:
     """Returns queries, keys and values in one array (..., 3 C / shares), as `kernels.pack` orders them.
@@ -446,18 +457,54 @@ class Attention(MultiHeadAttention):
     self.qkv = PackedQKV(dim, **kw)
     self.proj = Linear(dim, dim, **kw)
 
+  def attend_packed(self, qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns what `attend_tokens` does of queries, keys and values side by side, where a kernel takes them so."""
+    return attend_packed(qkv, num_heads=self.num_heads, scale=self.scale)
+
+  def attend_tokens(self, q, k, v, rngs: nnx.Rngs | None, train: bool) -> tuple[jax.Array, jax.Array]:
+    """Returns what attention gives (B, N, C), before the projection, and the maps (B, heads, N, N) of `__call__`."""
+    return self.attend(q, k, v, rngs)
+
+  def is_packed(self, x: jax.Array | jax.ShapeDtypeStruct, rngs: nnx.Rngs | None) -> bool:
+    """Returns whether `attend_packed` takes what tokens like x (B, N, C) are projected to."""
+    return self.is_fused(x, x, rngs) and can_pack(x.shape[-1], self.num_heads)
+
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
     """Returns the new tokens (B, N, C) and the attention maps before dropout (B, heads, N, N)."""
-    if self.is_fused(x, x, rngs) and can_pack(x.shape[-1], self.num_heads):
-      qkv = self.qkv.side_by_side(x, self.num_heads)
-      x, attn = attend_packed(qkv, num_heads=self.num_heads, scale=self.scale)
+    if self.is_packed(x, rngs):
+      y, attn = self.attend_packed(self.qkv.side_by_side(x, self.num_heads))
     else:
-      x, attn = self.attend(*self.qkv(x), rngs)
-    return drop(self.proj_drop, self.proj(x), rngs), attn
+      y, attn = self.attend_tokens(*self.qkv(x), rngs, train)
+    return drop(self.proj_drop, self.proj(y), rngs), attn
+
+  def add_to(
+    self,
+    x: jax.Array,
+    norm: LayerNorm,
+    drop_path: nnx.Dropout,
+    rngs: nnx.Rngs | None,
+    adjustment: float = 1.0,
+    *,
+    train: bool,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns x + self(norm(x * adjustment)) / adjustment, with stochastic depth, and the attention maps."""
+    if self.implementation == "reference" or not projections_are_fused(x, self.qkv, rngs, self.proj_drop):
+      y, attn = self(norm(x * adjustment), rngs, train=train)
+      return x + drop(drop_path, y, rngs) / adjustment, attn
+    packed = self.is_packed(jax.ShapeDtypeStruct(x.shape, self.qkv.dtype), rngs)
+    x, (qkv,) = self.qkv.after_norm(x, norm, packed=packed, adjustment=adjustment)
+    y, attn = self.attend_packed(*qkv) if packed else self.attend_tokens(*qkv, rngs, train)
+    return self.proj.add_to(x, [[y]], keep_factors(drop_path, x, rngs) / adjustment), attn
 
 
 class Block(nnx.Module):
-  """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)), both with stochastic depth."""
+  """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)), both with stochastic depth.
+
+  Attributes:
+    adjustment: factor of the residual stream as the branches see it; what they give is divided by it.
+  """
+
+  adjustment = 1.0
 
   def __init__(
     self,
@@ -479,10 +526,8 @@ class Block(nnx.Module):
 
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
     """Returns the new tokens (B, N, C) and the attention maps (B, heads, N, N)."""
-    y, attn = self.attn(self.norm1(x), rngs, train=train)
-    x = x + drop(self.drop_path, y, rngs)
-    x = x + drop(self.drop_path, self.mlp(self.norm2(x), rngs), rngs)
-    return x, attn
+    x, attn = self.attn.add_to(x, self.norm1, self.drop_path, rngs, self.adjustment, train=train)
+    return self.mlp.add_to(x, self.norm2, self.drop_path, rngs, self.adjustment), attn
 
 
 def call(block: Callable, *args, remat: bool, **static):

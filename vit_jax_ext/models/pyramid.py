@@ -12,7 +12,6 @@ import numpy as np
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers
-from vit_jax_ext.models.layers import drop
 
 Intermediates = dict[str, jax.Array]
 Grid = tuple[int, int]
@@ -41,9 +40,7 @@ class PyramidBlock(nnx.Module):
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, Intermediates]:
     """Returns the new tokens (B, N, C) and the intermediates of `attend`."""
     x, out = self.attend(x, rngs)
-    if self.mlp.is_fused(x, rngs):
-      return self.mlp.add_to(x, layers.keep_factors(self.drop_path, x, rngs), self.norm2), out
-    return x + drop(self.drop_path, self.mlp(self.norm2(x), rngs), rngs), out
+    return self.mlp.add_to(x, self.norm2, self.drop_path, rngs), out
 
 
 class Pyramid(nnx.Module):

@@ -74,6 +74,11 @@ class WindowAttention(layers.MultiHeadAttention):
     self.qkv = layers.PackedQKV(dim, **kw)
     self.proj = Linear(dim, dim, **kw)
 
+  @property
+  def windows(self) -> Windows:
+    """Where the windows lie."""
+    return Windows(self.grid, self.window, self.shift)
+
   def attention_bias(self) -> jax.Array:
     """Returns the bias of each relative position, (heads, n, n), at least float32."""
     table = self.relative_position_bias_table[...]
@@ -84,35 +89,37 @@ class WindowAttention(layers.MultiHeadAttention):
     """Returns the mask of the seams of shifted windows."""
     return seam_mask(self.grid, self.window, self.shift) if any(self.shift) else None
 
-  def is_narrow(self, x: jax.Array, rngs: nnx.Rngs | None) -> bool:
+  def is_fused_whole(self, x: jax.Array, rngs: nnx.Rngs | None) -> bool:
     """Returns whether kernels do it all, from the norm of the residual stream x to the sum."""
     normed = jax.ShapeDtypeStruct(x.shape, self.qkv.dtype)
-    windows = Windows(self.grid, self.window, self.shift)
-    return layers.is_narrow(x, self.qkv, rngs, self.proj_drop) and self.windows_are_fused(normed, windows, rngs)
+    fused = layers.projections_are_fused(x, self.qkv, rngs, self.proj_drop)
+    return fused and self.windows_are_fused(normed, self.windows, rngs)
+
+  def attend_fused(self, qkv: list[jax.Array]) -> jax.Array:
+    """Returns what attention gives (B, N, C), before the projection; `qkv` are three arrays, or one that has all."""
+    bias, mask = self.attention_bias(), self.mask()
+    if len(qkv) == 1:
+      return attend_packed_windows(*qkv, bias, mask, self.windows, self.num_heads, self.scale)
+    return attend_windows(*qkv, bias, mask, self.windows, qkv[0].shape[-1] // self.num_heads, self.scale)
 
   def add_to(self, x: jax.Array, norm: LayerNorm, keep: jax.Array) -> jax.Array:
-    """Returns x + keep * self(norm(x)) where `is_narrow`; keep (B, 1, 1)."""
-    x, (qkv,) = self.qkv.after_norm(x, norm)
-    windows, width = Windows(self.grid, self.window, self.shift), x.shape[-1] // self.num_heads
-    y = attend_windows(*qkv, self.attention_bias(), self.mask(), windows, width, self.scale)
-    return self.proj.add_to(x, [[y]], keep)
+    """Returns x + keep * self(norm(x)) where `is_fused_whole`; keep (B, 1, 1)."""
+    x, (qkv,) = self.qkv.after_norm(x, norm, packed=can_pack(x.shape[-1], self.num_heads))
+    return self.proj.add_to(x, [[self.attend_fused(qkv)]], keep)
 
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
     """Returns the new tokens (B, N, C)."""
     batch, tokens, dim = x.shape
-    bias, mask, windows = self.attention_bias(), self.mask(), Windows(self.grid, self.window, self.shift)
-    if self.windows_are_fused(x, windows, rngs):
-      if can_pack(dim, self.num_heads):
-        qkv = self.qkv.side_by_side(x, self.num_heads)
-        x = attend_packed_windows(qkv, bias, mask, windows, self.num_heads, self.scale)
-      else:
-        x = attend_windows(*self.qkv(x), bias, mask, windows, dim // self.num_heads, self.scale)
-      return drop(self.proj_drop, self.proj(x), rngs)
+    if self.windows_are_fused(x, self.windows, rngs):
+      packed = can_pack(dim, self.num_heads)
+      qkv = [self.qkv.side_by_side(x, self.num_heads)] if packed else self.qkv(x)
+      return drop(self.proj_drop, self.proj(self.attend_fused(qkv)), rngs)
+    mask = self.mask()
     x = x.reshape(batch, *self.grid, dim)
     if any(self.shift):
       x = jnp.roll(x, (-self.shift[0], -self.shift[1]), (1, 2))
     q, k, v = self.qkv(layers.partition_windows(x, self.window))
-    x, _ = self.attend(q, k, v, rngs, bias=bias, mask=None if mask is None else jnp.asarray(mask))
+    x, _ = self.attend(q, k, v, rngs, bias=self.attention_bias(), mask=None if mask is None else jnp.asarray(mask))
     x = layers.merge_windows(self.proj(x), self.grid, self.window)
     if any(self.shift):
       x = jnp.roll(x, self.shift, (1, 2))
@@ -140,7 +147,7 @@ class SwinBlock(PyramidBlock):
     super().__init__(dim, mlp_ratio, drop_rate, drop_path_rate, **kw)
 
   def attend(self, x: jax.Array, rngs: nnx.Rngs | None) -> tuple[jax.Array, Intermediates]:
-    if self.attn.is_narrow(x, rngs):
+    if self.attn.is_fused_whole(x, rngs):
       return self.attn.add_to(x, self.norm1, layers.keep_factors(self.drop_path, x, rngs)), {}
     return x + drop(self.drop_path, self.attn(self.norm1(x), rngs), rngs), {}
 
