@@ -82,6 +82,7 @@ def test_the_kernel_is_attention(images, windows, queries, keys, dim, heads, mas
 @pytest.mark.parametrize("number", [1, 3])
 def test_the_kernel_is_attention_however_many_heads_are_taken_together(number, monkeypatch):
   asked = []
+  jax.clear_caches()  # else what is like another test's kernel is not traced again
   monkeypatch.setattr("vit_jax_ext.models.fused_attention.heads_at_once", lambda *shape: asked.append(shape) or number)
   q, k, v, dy = draw(*[(1, 1, 10, 160)] * 4)  # groups of four heads and of one
 

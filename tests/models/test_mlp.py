@@ -21,11 +21,13 @@ from vit_jax_ext.models import (
   fused_mlp,
   fused_projections,
   gelu,
+  kernels,
   layers,
   pyramid,
   swin,
   token_kernels,
 )
+from vit_jax_ext.models.fused_windows import Windows, attend_windows
 
 
 def draw(*shapes, seed=0):
@@ -162,6 +164,44 @@ def test_devices_sum_up_the_gradients_of_their_images(what):
       np.testing.assert_allclose(a, b, atol=1e-6 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.parametrize("what", ["mlp", "branch", "windows"])
+def test_cores_sum_up_the_gradients_of_their_images(what, monkeypatch):
+  """Two cores share four images; of three each would have one and a half, so one core has them all."""
+
+  def windows(x, keep, norm, qkv, proj):
+    q, k, v = jnp.split(x @ qkv[0] + qkv[1], 3, axis=-1)
+    bias = jnp.outer(norm[0], norm[1])[:8, :8].reshape(2, 4, 8)[:, :, :4]
+    return attend_windows(q, k, v, bias, None, Windows((4, 4), (2, 2)), 8, 0.3) @ proj[0] + keep * proj[1]
+
+  function = {"mlp": fused(jnp.float32), "branch": fused_branch, "windows": windows}[what]
+  norm, fc1, fc2 = parameters(16, 48)
+  for images in (4, 3):
+    x, dy = draw(*[(images, 16, 16)] * 2)
+    last = fc2 if what == "mlp" else (fc2[0][:16, :16], fc2[1])
+    arguments, found = (x, jnp.ones((images, 1, 1)), dy, norm, fc1, last), []
+    for cores in (1, 2):
+      monkeypatch.setattr(kernels, "num_cores", lambda cores=cores: cores)
+      jax.clear_caches()
+      with pltpu.force_tpu_interpret_mode(), jax.default_matmul_precision("highest"):
+        run = functools.partial(gradients, function)
+        grids = {(1, images, 1)} if cores == 1 or images == 3 else {(2, 2, 1)}
+        assert set(grids_of(jax.make_jaxpr(run)(*arguments).jaxpr)) == grids
+        found.append(jax.jit(run)(*arguments))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-6 * float(jnp.abs(b).max()))
+  jax.clear_caches()
+
+
+def grids_of(jaxpr):
+  """Yields the grids of all kernels in a program."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "pallas_call":
+      yield eqn.params["grid_mapping"].grid
+    else:
+      for inner in jax.core.jaxprs_in_params(eqn.params):
+        yield from grids_of(inner)
+
+
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 def test_a_block_is_the_same_with_the_kernels(param_dtype, monkeypatch):
   """Also which images it drops; the kernels round less, so this is bfloat16's precision."""
@@ -227,7 +267,7 @@ RE_ATTENTION = functools.partial(deepvit.ReAttention, norm="batch", reatten_scal
 
 
 @pytest.mark.parametrize(
-  ("make", "dim", "kernels"),
+  ("make", "dim", "number"),
   [
     (lambda **kw: swin.SwinBlock(128, 4, (4, 4), (2, 2), (1, 1), 2.0, *DRAWN, **kw), 128, 8),
     (lambda **kw: cswin.CSWinBlock(256, 4, (4, 4), [(4, 2), (2, 4)], 1.0, *DRAWN, **kw), 256, 14),
@@ -236,7 +276,7 @@ RE_ATTENTION = functools.partial(deepvit.ReAttention, norm="batch", reatten_scal
   ],
   ids=["swin", "cswin", "vit", "deepvit"],
 )
-def test_wide_blocks_are_the_same_with_the_kernels(make, dim, kernels, monkeypatch):
+def test_wide_blocks_are_the_same_with_the_kernels(make, dim, number, monkeypatch):
   """Values, maps and gradients in training, in float32, which the kernels do for this test alone."""
   monkeypatch.setattr(token_kernels, "DTYPE", jnp.float32)
   monkeypatch.setattr(token_kernels, "NARROW", 0)
@@ -260,7 +300,7 @@ def test_wide_blocks_are_the_same_with_the_kernels(make, dim, kernels, monkeypat
       monkeypatch.setattr(module, "platform", lambda platform=platform: platform)
     with pltpu.force_tpu_interpret_mode(), jax.default_matmul_precision("highest"):
       assert str(jax.make_jaxpr(functools.partial(run))(params, x)).count("pallas_call[") == (
-        kernels if platform == "tpu" else 0
+        number if platform == "tpu" else 0
       )
       found.append(jax.jit(functools.partial(run))(params, x))  # traced anew
   for a, b in zip(*map(jax.tree.leaves, found), strict=True):
@@ -317,6 +357,12 @@ def test_a_model_is_the_same_with_the_kernels(name, number, overrides, monkeypat
     ("TPU v5 lite", 9216, 96, 2, True, True),
     ("TPU v5 lite", 196, 256, 1, True, True),
     ("TPU v5 lite", 49, 768, 1, False, False),  # so few that products would wait for weights
+    ("TPU v4", 197, 384, 1, False, True),  # 18.2 of 16 MiB for the MLP
+    ("TPU v4", 197, 768, 1, False, False),  # 24.1 of 16 MiB for the projections
+    ("TPU v5", 197, 768, 1, True, True),
+    ("TPU v5", 577, 768, 1, False, True),  # 65.1 of 63.9 MiB for the MLP
+    ("TPU v5", 785, 384, 1, True, True),
+    ("TPU v6 lite", 577, 768, 1, True, True),
     ("TPU v3", 784, 96, 1, False, False),
   ],
 )

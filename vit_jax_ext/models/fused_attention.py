@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from vit_jax_ext.models.kernels import (
   call,
+  clear_sums,
   head_groups,
   head_shards,
   heads_at_once,
@@ -123,10 +124,7 @@ def _backward_kernel(
   q_ref, k_ref, v_ref, bias_ref, mask_ref, dy_ref, dq_ref, dk_ref, dv_ref, dbias_ref=None, *, width, scale
 ):
   if dbias_ref is not None:
-
-    @pl.when(pl.program_id(1) == 0)
-    def _():
-      dbias_ref[...] = jnp.zeros_like(dbias_ref)
+    clear_sums([dbias_ref])
 
   @pl.loop(0, dy_ref.shape[1])
   def _(window):
@@ -173,12 +171,12 @@ def _forward(q, k, v, bias, mask, width, scale):
 def _backward(width, scale, residuals, dy):
   q, k, v, bias, mask = residuals
   kernel = functools.partial(_backward_kernel, width=width, scale=scale)
-  names = ["dq", "dk", "dv"] if bias is None else ["dq", "dk", "dv", "dbias"]
+  names = ["dq", "dk", "dv"] if bias is None else ["dq", "dk", "dv", "dbias_sums"]
 
   def run(arrays):
     results = {f"d{name}": like(arrays[name]) for name in "qkv"}
     if bias is not None:
-      results["dbias"] = jax.ShapeDtypeStruct((len(arrays["q"]), *arrays["bias"].shape), jnp.float32)
+      results["dbias_sums"] = jax.ShapeDtypeStruct((1, *arrays["bias"].shape), jnp.float32)
     return call(kernel, arrays, results, 5 * product_flops(arrays))
 
   arrays = dict(q=q, k=k, v=v, bias=bias, mask=mask, dy=dy)

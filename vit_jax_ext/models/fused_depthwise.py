@@ -4,15 +4,13 @@ Nine shifted images are nine reads where they come from memory; here an image is
 side, row by row, as all else has them: an array of rows would have to be copied, for 14 or 28 columns fill no tiles.
 """
 
-from collections.abc import Callable, Sequence
 import functools
 
 import jax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from vit_jax_ext.models.kernels import LANES, VMEM_BYTES, like, on_each_device, tiled_bytes, vmem_bytes
+from vit_jax_ext.models.kernels import LANES, call, clear_sums, like, on_each_device, tiled_bytes, vmem_bytes
 
 TAPS = [(i, j) for i in range(3) for j in range(3)]
 TOKENS = 4096  # of the images that one program works on
@@ -91,11 +89,7 @@ def _backward_kernel(x_ref, kernel_ref, dy_ref, dx_ref, sums_ref, padded, padded
   """`sums`, (parts, 10, columns, lanes): of what each tap meets, and of dy itself."""
   (rows, columns), places = grid, _places(grid, stripe)
   zeros = (padded.shape[1] - rows * columns) // 2
-
-  @pl.when(pl.program_id(0) == 0)
-  def _():
-    sums_ref[...] = jnp.zeros_like(sums_ref)
-
+  clear_sums([sums_ref])
   sums[...] = jnp.zeros_like(sums)
 
   @pl.loop(0, x_ref.shape[0])
@@ -133,35 +127,10 @@ def fits(x: jax.Array, grid: Grid) -> bool:
   return _bytes(x, grid, 1) <= vmem_bytes()
 
 
-def _call(
-  kernel: Callable, arrays: Sequence[jax.Array], results, scratch, grid: Grid, flops: int
-) -> Sequence[jax.Array]:
-  """Calls a kernel over blocks of images; what is like the first array is images, all else every program sees whole."""
-  images, tokens, _ = arrays[0].shape
-  most = max(1, TOKENS // tokens)
-  block = max(
-    d for d in range(1, most + 1) if images % d == 0 and (d == 1 or _bytes(arrays[0], grid, d) <= vmem_bytes())
-  )
-
-  def spec(x):
-    if x.shape == arrays[0].shape:
-      return pl.BlockSpec((block, *x.shape[1:]), lambda i: (i, 0, 0))
-    return pl.BlockSpec(x.shape, lambda i: (0,) * x.ndim)
-
-  return pl.pallas_call(
-    kernel,
-    grid=(images // block,),
-    in_specs=[spec(x) for x in arrays],
-    out_specs=[spec(x) for x in results],
-    out_shape=results,
-    scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
-    cost_estimate=pl.CostEstimate(
-      flops=flops,
-      transcendentals=0,
-      bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *results)),
-    ),
-    compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES),
-  )(*arrays)
+def _images_at_once(x: jax.Array, grid: Grid) -> int:
+  """Returns how many images of x (images, tokens, C) one program works on at most."""
+  most = max(1, TOKENS // x.shape[1])
+  return max(d for d in range(1, most + 1) if d == 1 or _bytes(x, grid, d) <= vmem_bytes())
 
 
 def _in_parts(x: jax.Array) -> jax.Array:
@@ -188,12 +157,13 @@ def depthwise_conv(
     grid: (rows, columns) of tokens.
     stripe: (height, width) of parts of the image that see nothing of each other, or None.
   """
-  kernel_of = functools.partial(_forward_kernel, grid=grid, stripe=stripe)
+  forward = functools.partial(_forward_kernel, grid=grid, stripe=stripe)
 
   def run(arrays):
     x = arrays["q"]
     alone, padded = _working_shapes(*x.shape[1:], grid)
-    return _call(kernel_of, [*arrays.values()], [like(x)], [padded, alone], grid, 2 * len(TAPS) * x.size)
+    flops = 2 * len(TAPS) * x.size
+    return call(forward, arrays, {"y": like(x)}, flops, [padded, alone], _images_at_once(x, grid))
 
   arrays = dict(q=x, kernel_for_all=_in_parts(kernel), bias_for_all=_in_parts(bias))
   return on_each_device(run, arrays, ["y"])[0]
@@ -205,18 +175,18 @@ def _forward(x, kernel, bias, grid, stripe):
 
 def _backward(grid, stripe, residuals, dy):
   x, kernel = residuals
-  kernel_of = functools.partial(_backward_kernel, grid=grid, stripe=stripe)
+  backward = functools.partial(_backward_kernel, grid=grid, stripe=stripe)
 
   def run(arrays):
     x = arrays["q"]
     alone, padded = _working_shapes(*x.shape[1:], grid)
     sums = (alone[0], len(TAPS) + 1, grid[1], LANES)
-    results = [like(x), jax.ShapeDtypeStruct((1, alone[0], len(TAPS) + 1, LANES), jnp.float32)]
-    scratch = [padded, padded, alone, sums]
-    dx, found = _call(kernel_of, [*arrays.values()], results, scratch, grid, 4 * len(TAPS) * x.size)
+    results = {"dq": like(x), "tap_sums": jax.ShapeDtypeStruct((1, alone[0], len(TAPS) + 1, LANES), jnp.float32)}
+    flops, scratch = 4 * len(TAPS) * x.size, [padded, padded, alone, sums]
+    dx, found = call(backward, arrays, results, flops, scratch, _images_at_once(x, grid))
     return dx, _from_parts(found, x.shape[2])
 
-  dx, sums = on_each_device(run, dict(q=x, kernel_for_all=_in_parts(kernel), y=dy), ["dq", "sums"])
+  dx, sums = on_each_device(run, dict(q=x, kernel_for_all=_in_parts(kernel), y=dy), ["dq", "tap_sums"])
   sums = sums.sum(axis=0)
   return dx, sums[: len(TAPS)], sums[len(TAPS) :]
 

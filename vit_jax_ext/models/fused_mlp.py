@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from vit_jax_ext.models import token_kernels
 from vit_jax_ext.models.gelu import gelu_derivative, normal_cdf
-from vit_jax_ext.models.kernels import LANES, like, on_each_device, tiled_bytes
-from vit_jax_ext.models.token_kernels import Layout, as_read, clear_sums
+from vit_jax_ext.models.kernels import LANES, clear_sums, like, on_each_device, tiled_bytes
+from vit_jax_ext.models.token_kernels import Layout, as_read
 
 
 def fits(x: jax.Array, dtype: jnp.dtype, hidden: int) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 from vit_jax_ext.models.fused_attention import Group, adder, backward_heads, forward_heads, thirds
 from vit_jax_ext.models.kernels import (
   call,
+  clear_sums,
   head_groups,
   head_shards,
   like,
@@ -196,8 +197,8 @@ def _backward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, dy_ref, *refs, win
   for ref, image in zip((q_ref, k_ref, v_ref, dy_ref), sources, strict=True):
     _read(ref, image, targets[0], parts, windows)
   if bias_ref is not None:
+    clear_sums([refs[3]])
     dbias_ref = refs[3].at[0]
-    dbias_ref[...] = jnp.zeros_like(dbias_ref)
   number, size = windows.groups
   slot = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (number * _tiled(size), 1), 0), _tiled(size))
 
@@ -277,12 +278,12 @@ def _forward(q, k, v, bias, mask, windows, width, scale):
 
 def _backward(windows, width, scale, residuals, dy):
   q, k, v, bias, mask = residuals
-  names = ["dq", "dk", "dv"] if bias is None else ["dq", "dk", "dv", "dbias"]
+  names = ["dq", "dk", "dv"] if bias is None else ["dq", "dk", "dv", "dbias_sums"]
 
   def run(arrays):
     results = {f"d{name}": like(arrays[name]) for name in "qkv"}
     if bias is not None:
-      results["dbias"] = jax.ShapeDtypeStruct((len(arrays["q"]), *arrays["bias"].shape), jnp.float32)
+      results["dbias_sums"] = jax.ShapeDtypeStruct((1, *arrays["bias"].shape), jnp.float32)
     return _call(_backward_kernel, arrays, results, arrays["q"], 5, 7, windows, width, scale)
 
   arrays = dict(q=q, k=k, v=v, bias=bias, mask_for_all=mask, dy=dy)
@@ -332,12 +333,12 @@ def _packed_backward(windows, num_heads, scale, values, residuals, gradients):
   qkv, bias, mask = residuals
   kernel, width = functools.partial(_packed_backward_kernel, values=values), qkv.shape[-1] // 3 // num_heads
   arrays = dict(q=qkv, bias=bias, mask_for_all=mask) | dict(zip(("dy", "dv"), gradients, strict=False))
-  names = ["dq", *["dbias"] * (bias is not None)]
+  names = ["dq", *["dbias_sums"] * (bias is not None)]
 
   def run(arrays):
     results = {"dq": like(arrays["q"])}
     if bias is not None:
-      results["dbias"] = jax.ShapeDtypeStruct((len(arrays["q"]), *arrays["bias"].shape), jnp.float32)
+      results["dbias_sums"] = jax.ShapeDtypeStruct((1, *arrays["bias"].shape), jnp.float32)
     return _call(kernel, arrays, results, arrays["dy"], 5, 7, windows, width, scale)
 
   dqkv, *dbias = on_each_device(run, arrays, names, num_heads)

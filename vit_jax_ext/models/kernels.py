@@ -5,6 +5,7 @@ the others are masked out of one operand, so that no lane moves.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 import math
 
 import jax
@@ -24,12 +25,20 @@ TOKENS = 512  # of the windows that one program works on
 Arrays = Mapping[str, jax.Array | None]
 
 
+def _device() -> jax.sharding.AbstractDevice | jax.Device:
+  """Returns one of those that the program is for that is being traced."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.abstract_device if not mesh.empty and mesh.abstract_device is not None else jax.devices()[0]
+
+
 def vmem_bytes() -> int:
   """Returns what a kernel of the program that is being traced may use of its chip's memory, by the kind of TPU."""
-  mesh = jax.sharding.get_abstract_mesh()
-  known = not mesh.empty and mesh.abstract_device is not None
-  kind = mesh.abstract_device.device_kind if known else jax.devices()[0].device_kind
-  return min(VMEM_BYTES, SMALL_VMEM.get(kind, 128) * 15 * 2**16)
+  return min(VMEM_BYTES, SMALL_VMEM.get(_device().device_kind, 128) * 15 * 2**16)
+
+
+def num_cores() -> int:
+  """Returns how many cores a device of the program that is being traced has: a v4 and a v5p have two."""
+  return getattr(_device(), "num_cores", None) or 1
 
 
 def tiled_bytes(shape: Sequence[int], itemsize: int) -> int:
@@ -122,50 +131,91 @@ def unpack(x: jax.Array, num_heads: int) -> jax.Array:
   return parts.swapaxes(-3, -2).reshape(x.shape)
 
 
+def clear_sums(refs: Sequence) -> None:
+  """Clears what all programs of a core add to, in the first of them."""
+
+  @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
+  def _():
+    for ref in refs:
+      ref[...] = jnp.zeros_like(ref)
+
+
 def call(
   kernel: Callable,
   arrays: Arrays,
   results: Mapping[str, jax.ShapeDtypeStruct],
   flops: int,
   scratch: Sequence[tuple[int, ...]] = (),
+  images_at_once: int = 1,
 ) -> list[jax.Array]:
   """Calls a kernel over images and blocks of their windows.
 
   Args:
-    kernel: takes references in the order of `arrays`, `results` and `scratch`.
+    kernel: takes references in the order of `arrays`, `results` and `scratch`; a function of a module, or
+      `functools.partial` of one with what can be a key of a dictionary.
     arrays, results: by name. bias (heads, n, n), mask (windows, n, n); what ends with _for_all is seen whole; q and
       what begins like it (images, windows, tokens, C); all others have an entry for each image, in scalar memory if
-      their name ends with _scalars.
+      their name ends with _scalars. To results (1, ...) that end with _sums all programs add; what is returned has one
+      for each core, (cores, ...).
     flops: of all programs together, an estimate.
     scratch: shapes of float32 arrays that a program works with.
+    images_at_once: that a program has at most.
   """
-  images, windows, tokens, _ = arrays["q"].shape
+  kernel = functools.partial(kernel)  # of a partial the same
+  known = (tuple(kernel.keywords.items()), tuple(arrays), tuple(results.items()), flops, tuple(scratch), images_at_once)
+  return _function(kernel.func, *known)(*arrays.values())
+
+
+@functools.cache
+def _function(kernel, keywords, names, results, flops, scratch, images_at_once) -> Callable:
+  """Returns what `call` calls: for calls that are alike the same function, which is traced and lowered once."""
+
+  def run(*values):
+    arrays = dict(zip(names, values, strict=True))
+    return _call(functools.partial(kernel, **dict(keywords)), arrays, dict(results), flops, scratch, images_at_once)
+
+  run.__name__ = kernel.__name__.strip("_")
+  return jax.jit(run)
+
+
+def _call(kernel, arrays, results, flops, scratch, images_at_once):
+  images, *others = arrays["q"].shape
+  windows, tokens = others[:2] if len(others) == 3 else (1, 1)
   block = max(d for d in range(1, windows + 1) if windows % d == 0 and (d == 1 or d * tokens <= TOKENS))
+  cores = num_cores() if images % num_cores() == 0 else 1
+  some = max(d for d in range(1, images_at_once + 1) if images // cores % d == 0)
+  turns = images // cores // some
+  results = {name: like(x, cores) if name.endswith("_sums") else x for name, x in results.items()}
 
   def spec(name, x):
     if x is None:
       return None
     if name == "bias" or name.endswith("_for_all"):
-      return pl.BlockSpec(x.shape, lambda i, j: (0,) * x.ndim)
+      return pl.BlockSpec(x.shape, lambda core, i, j: (0,) * x.ndim)
+    if name.endswith("_sums"):
+      return pl.BlockSpec((1, *x.shape[1:]), lambda core, i, j: (core, *[0] * (x.ndim - 1)))
     if name == "mask":
-      return pl.BlockSpec((block, *x.shape[1:]), lambda i, j: (j, 0, 0))
-    if x.ndim == 4 and name != "dbias":
-      return pl.BlockSpec((1, block, *x.shape[2:]), lambda i, j: (i, j, 0, 0))
+      return pl.BlockSpec((block, *x.shape[1:]), lambda core, i, j: (j, 0, 0))
+    if x.ndim == 4:
+      return pl.BlockSpec((some, block, *x.shape[2:]), lambda core, i, j: (core * turns + i, j, 0, 0))
     space = pltpu.SMEM if name.endswith("_scalars") else None
-    return pl.BlockSpec((1, *x.shape[1:]), lambda i, j: (i, *[0] * (x.ndim - 1)), memory_space=space)
+    where = lambda core, i, j: (core * turns + i, *[0] * (x.ndim - 1))  # noqa: E731
+    return pl.BlockSpec((some, *x.shape[1:]), where, memory_space=space)
 
   moved = [x for x in (*arrays.values(), *results.values()) if x is not None]
   return pl.pallas_call(
     kernel,
-    grid=(images, windows // block),
+    grid=(cores, turns, windows // block),
     in_specs=[spec(name, x) for name, x in arrays.items()],
     out_specs=[spec(name, x) for name, x in results.items()],
     out_shape=list(results.values()),
     scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
     cost_estimate=pl.CostEstimate(
-      flops=flops, transcendentals=0, bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved)
+      flops=flops, transcendentals=0, bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in moved)
     ),
-    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+    ),
   )(*arrays.values())
 
 
@@ -205,6 +255,6 @@ def on_each_device(
   )(*arrays.values())
 
 
-def like(x: jax.Array) -> jax.ShapeDtypeStruct:
-  """Returns its shape and dtype."""
-  return jax.ShapeDtypeStruct(x.shape, x.dtype)
+def like(x: jax.Array, number: int | None = None) -> jax.ShapeDtypeStruct:
+  """Returns its shape and dtype, with so many entries if a `number` is given."""
+  return jax.ShapeDtypeStruct(x.shape if number is None else (number, *x.shape[1:]), x.dtype)

@@ -8,20 +8,19 @@ anew for every block is compiled once here: the compiler knows kernels that it h
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
-import math
 from typing import Self
 
 import jax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from vit_jax_ext.models.kernels import LANES, VMEM_BYTES, product, tiled_bytes, vmem_bytes
+from vit_jax_ext.models import kernels
+from vit_jax_ext.models.kernels import LANES, Arrays, product, tiled_bytes, vmem_bytes
 
-NARROW = 192  # channels up to which tokens lie along the lanes
+NARROW = LANES  # channels; tokens with fewer lie along the lanes
 FEWEST = 128  # tokens of an image, where they lie row by row: with fewer, matrix units wait for weights
 DTYPE = jnp.bfloat16  # of products; the kernels are no more precise
-HELD = (2**18, 2**19)  # activations that a step works on, about; along the lanes, row by row
+HELD = (2**18, 2**19)  # activations that a step works on, about; the second row by row, where a chip has the memory
 TOKENS = 2048  # of the images that one program works on
 MOVED_SHARE = 4  # what is moved for them takes at most 1 / MOVED_SHARE of the chip's memory
 
@@ -32,14 +31,17 @@ class Layout:
 
   Attributes:
     axis: of their channels, in (C, tokens) or (tokens, C).
+    held: activations that a step works on, about.
   """
 
   axis: int
+  held: int
 
   @classmethod
   def of(cls, x: jax.Array) -> Self:
     """Returns the layout for tokens x (B, tokens, C)."""
-    return cls(0 if x.shape[-1] <= NARROW else 1)
+    axis = 0 if x.shape[-1] < NARROW else 1
+    return cls(axis, HELD[axis if vmem_bytes() > 2**25 else 0])
 
   def turn(self, x: jax.Array) -> jax.Array:
     """Returns (B, tokens, C) as it lies, or the inverse."""
@@ -94,7 +96,7 @@ class Layout:
 
   def step_size(self, tokens: int, width: int) -> int:
     """Returns how many tokens are worked on at a time, of `width` activations each."""
-    return min(tokens, max(1, HELD[self.axis] // width // LANES) * LANES)
+    return min(tokens, max(1, self.held // width // LANES) * LANES)
 
   def over_tokens(self, shape: Sequence[int], width: int, body: Callable) -> None:
     """Calls `body` with the index of an image and a slice of its tokens, one after another.
@@ -140,15 +142,6 @@ def fits(x: jax.Array, dtype: jnp.dtype, moved: int, weights: int, width: int) -
   return alone and room and enough and x.dtype == jnp.float32 and dtype == DTYPE
 
 
-def clear_sums(refs) -> None:
-  """Clears what all programs add to, in the first of them."""
-
-  @pl.when(pl.program_id(0) == 0)
-  def _():
-    for ref in refs:
-      ref[...] = jnp.zeros_like(ref)
-
-
 def as_read(layout: Layout, **parameters: jax.Array) -> dict[str, jax.Array]:
   """Returns parameters as kernels read them: vectors as they meet tokens, matrices as `Layout.weights` gives them."""
   return {
@@ -156,51 +149,20 @@ def as_read(layout: Layout, **parameters: jax.Array) -> dict[str, jax.Array]:
   }
 
 
-def call(
-  kernel: Callable,
-  arrays: Mapping[str, jax.Array],
-  results: Mapping[str, jax.ShapeDtypeStruct],
-  layout: Layout,
-  flops: int,
-) -> list[jax.Array]:
-  """Calls a kernel, a program for some images, one after another.
+def call(kernel: Callable, arrays: Arrays, results: Arrays, layout: Layout, flops: int) -> list[jax.Array]:
+  """Does `kernels.call`, with as many images in a program as there is room for.
 
   Args:
-    kernel: takes references in the order of `arrays` and `results`.
-    arrays, results: by name, with an entry for each image, in scalar memory if their name ends with _scalars; but of
-      what ends with _for_all or _sums all programs see the same.
-    layout: of the first array.
-    flops: of all programs together, an estimate.
+    kernel, arrays, results, flops: see there.
+    layout: of q.
   """
-  images, tokens = arrays["q"].shape[0], layout.tokens(arrays["q"].shape)
-  everything = [*arrays.items(), *results.items()]
-
-  def is_image(name):
-    return not name.endswith(("_for_all", "_sums", "_scalars"))
-
-  moved = sum(2 * tiled_bytes(x.shape[1:], x.dtype.itemsize) for name, x in everything if is_image(name))
-  most = max(1, min(TOKENS // tokens, vmem_bytes() // MOVED_SHARE // moved)) if layout.axis else 1
-  block = max(d for d in range(1, most + 1) if images % d == 0)
-
-  def spec(name, x):
-    if name.endswith(("_for_all", "_sums")):
-      return pl.BlockSpec(x.shape, lambda i: (0,) * x.ndim)
-    space = pltpu.SMEM if name.endswith("_scalars") else None
-    return pl.BlockSpec((block, *x.shape[1:]), lambda i: (i, *[0] * (x.ndim - 1)), memory_space=space)
-
-  return pl.pallas_call(
-    kernel,
-    grid=(images // block,),
-    in_specs=[spec(name, x) for name, x in arrays.items()],
-    out_specs=[spec(name, x) for name, x in results.items()],
-    out_shape=list(results.values()),
-    cost_estimate=pl.CostEstimate(
-      flops=flops,
-      transcendentals=0,
-      bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for _, x in everything),
-    ),
-    compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES),
-  )(*arrays.values())
+  moved = sum(
+    2 * tiled_bytes(x.shape[1:], x.dtype.itemsize)
+    for name, x in (*arrays.items(), *results.items())
+    if not name.endswith(("_for_all", "_sums", "_scalars"))
+  )
+  most = min(TOKENS // layout.tokens(arrays["q"].shape), vmem_bytes() // MOVED_SHARE // moved)
+  return kernels.call(kernel, arrays, results, flops, images_at_once=max(1, most) if layout.axis else 1)
 
 
 def sums_of(layout: Layout, parameters: Mapping[str, jax.Array]) -> dict[str, jax.ShapeDtypeStruct]:
