@@ -122,6 +122,11 @@ def projection(dim_in: int, dim_out: int, **kw) -> Sequential:
   return Sequential([LayerNorm(dim_in, stream=True, **kw), gelu, Linear(dim_in, dim_out, **kw)])
 
 
+def set_cls_token(x: jax.Array, cls_token: jax.Array) -> jax.Array:
+  """Returns tokens x (B, 1 + N, C) with another first one, (B, 1, C); to cut and join them would copy all of them."""
+  return jax.lax.dynamic_update_slice(x, cls_token.astype(x.dtype), (0, 0, 0))
+
+
 class MultiScaleBlock(nnx.Module):
   """Self-attention blocks per branch, without fusion; the subclasses add one of the paper's fusions (figure 3).
 
@@ -196,9 +201,9 @@ class CrossAttentionFusion(MultiScaleBlock):
     fused, out = [], {}
     for b in (0, 1):
       query = self.projs[b](xs[b][:, :1])
-      tokens = jnp.concatenate([query, xs[1 - b][:, 1:]], axis=1)
+      tokens = set_cls_token(xs[1 - b], query)
       cls_token, out[f"fusion.{b}.attn"] = layers.call(self.fusion[b], tokens, rngs, remat=self.remat)
-      fused.append(jnp.concatenate([self.revert_projs[b](cls_token), xs[b][:, 1:]], axis=1))
+      fused.append(set_cls_token(xs[b], self.revert_projs[b](cls_token)))
     return fused, out
 
 
@@ -245,10 +250,7 @@ class ClassTokenFusion(MultiScaleBlock):
 
   def fuse(self, xs, rngs):
     total = sum(proj(x[:, :1]) for proj, x in zip(self.projs, xs, strict=True))
-    fused = [
-      jnp.concatenate([revert(total), x[:, 1:]], axis=1) for revert, x in zip(self.revert_projs, xs, strict=True)
-    ]
-    return fused, {}
+    return [set_cls_token(x, revert(total)) for revert, x in zip(self.revert_projs, xs, strict=True)], {}
 
 
 class PairwiseFusion(ClassTokenFusion):
