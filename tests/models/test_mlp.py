@@ -348,6 +348,25 @@ def test_a_model_is_the_same_with_the_kernels(name, number, overrides, monkeypat
 
 
 @pytest.mark.parametrize(
+  ("name", "overrides"),
+  [
+    ("deit_tiny_patch16_224", dict(patch_size=4, embed_dim=12, num_heads=2, depth=1)),
+    ("boat_swin_tiny", dict(depths=(2, 1), num_heads=(2, 3), window_size=4, embed_dim=12, patch_size=2)),
+    ("boat_cswin_tiny", dict(depth=(1, 1), num_heads=(2, 4), split_size=(1, 4), embed_dim=12)),
+  ],
+)
+def test_reference_is_without_kernels(name, overrides, monkeypatch):
+  for module in (attention, layers, gelu):
+    monkeypatch.setattr(module, "platform", lambda: "tpu")
+  for implementation in ("auto", "reference"):
+    model = vx.create_model(
+      name, rngs=nnx.Rngs(0), image_size=16, dtype="bfloat16", attention=implementation, **overrides
+    )
+    program = str(jax.make_jaxpr(lambda x, model=model: model(x)[0])(jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)))
+    assert ("pallas_call" in program) == (implementation == "auto")
+
+
+@pytest.mark.parametrize(
   ("kind", "tokens", "dim", "shares", "mlp", "projections"),
   [
     ("TPU v4", 784, 192, 1, True, True),

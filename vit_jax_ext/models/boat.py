@@ -253,7 +253,8 @@ class FeatureAttention(layers.MultiHeadAttention):
 
   def add_to(self, x, norm: LayerNorm, rngs: nnx.Rngs | None, drop_path: nnx.Dropout | None = None):
     """Returns x + self(norm(x)), with stochastic depth if there is any, and the clusters."""
-    if not layers.projections_are_fused(x, self.qkv, rngs, self.proj_drop, values=2):
+    fused = layers.projections_are_fused(x, self.qkv, rngs, self.proj_drop, values=2)
+    if self.implementation == "reference" or not fused:
       y, clusters = self(norm(x), rngs)
       return x + (y if drop_path is None else drop(drop_path, y, rngs)), clusters
     x, ((*qkv, v),) = self.qkv.after_norm(x, norm, values=2)

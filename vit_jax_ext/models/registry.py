@@ -18,7 +18,7 @@ from vit_jax_ext.models.boat import BoatCSWin, BoatSwin
 from vit_jax_ext.models.crossvit import CrossViT
 from vit_jax_ext.models.cswin import CSWin
 from vit_jax_ext.models.deepvit import DeepViT
-from vit_jax_ext.models.layers import DepthwiseConv, MultiHeadAttention
+from vit_jax_ext.models.layers import DepthwiseConv, Mlp, MultiHeadAttention
 from vit_jax_ext.models.swin import Swin
 from vit_jax_ext.models.vit import DistilledTransformer, VisionTransformer
 from vit_jax_ext.rules import POSITIVE, RATE, SWITCH, TEXT, Rule, integer
@@ -415,9 +415,9 @@ def create_model(
 
 
 def choose_attention(model: nnx.Module, attention: str) -> None:
-  """Has all of a model's attention done as `attention` says, one of `attention.IMPLEMENTATIONS`."""
+  """Has a model's attention, and what else has kernels, done as `attention` says, of `attention.IMPLEMENTATIONS`."""
   for _, module in nnx.iter_modules(model):
-    if isinstance(module, MultiHeadAttention | DepthwiseConv):
+    if isinstance(module, MultiHeadAttention | DepthwiseConv | Mlp):
       module.implementation = attention
 
 
