@@ -127,8 +127,9 @@ def _project_backward(parts, epsilon, dtype, residuals, gradients):
     return token_kernels.call(kernel, arrays, results, layout, _flops(arrays["q"], w, 2))
 
   dx, *found = on_each_device(run, arrays, ["dx", *sums])
-  dscale, dbias, dw, db = (x.sum(axis=0).reshape(p.shape) for x, p in zip(found, (scale, bias, w, b), strict=True))
-  return layout.turn(dx), (dscale, dbias), (dw, db)
+  dtypes = (scale.dtype, bias.dtype, dtype, b.dtype)
+  dscale, dbias, dw, db = (token_kernels.over_devices(x, dtype) for x, dtype in zip(found, dtypes, strict=True))
+  return layout.turn(dx), (dscale.reshape(len(w)), dbias.reshape(len(w))), (dw, db[0])
 
 
 project_normed.defvjp(_project_forward, _project_backward)
@@ -209,8 +210,8 @@ def _add_backward(residuals, dx):
   y, terms, keep, (w, b) = residuals
   layout = Layout.of(dx)
   kernel = functools.partial(_add_backward_kernel, layout=layout)
-  arrays = {"q": layout.turn(dx), "y": y, "keep_scalars": keep, **as_read(layout, w=w.astype(y.dtype))}
-  names, parameters = [f"dy{i}" for i in range(len(terms))], dict(w=w, b=b)
+  names, parameters = [f"dy{i}" for i in range(len(terms))], dict(w=w.astype(y.dtype), b=b)
+  arrays = {"q": layout.turn(dx), "y": y, "keep_scalars": keep, **as_read(layout, w=parameters["w"])}
   sums = token_kernels.sums_of(layout, parameters)
 
   def run(arrays):

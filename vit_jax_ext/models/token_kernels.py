@@ -171,8 +171,14 @@ def sums_of(layout: Layout, parameters: Mapping[str, jax.Array]) -> dict[str, ja
   return {f"{name}_sums": jax.ShapeDtypeStruct((1, *x.shape), jnp.float32) for name, x in shapes.items()}
 
 
+def over_devices(sums: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """Returns the sum over the first axis, the devices and their cores, in float32; what travels is of `dtype`."""
+  zero = jnp.zeros((), dtype)
+  return jax.lax.reduce(sums.astype(dtype), zero, jax.lax.add, (0,)).astype(jnp.float32)
+
+
 def add_up(layout: Layout, sums: Sequence[jax.Array], parameters: Mapping[str, jax.Array]) -> Iterator[jax.Array]:
-  """Yields the gradients of parameters from the sums of all devices."""
+  """Yields the gradients of parameters from the sums of all devices, which travel in the parameters' dtypes."""
   for x, parameter in zip(sums, parameters.values(), strict=True):
-    x = x.sum(axis=0)
+    x = over_devices(x, parameter.dtype)
     yield layout.weights(x) if parameter.ndim == 2 else x.reshape(parameter.shape)
