@@ -134,14 +134,6 @@ class ReAttention(Attention):
     return weigh(attn, v), attn
 
 
-class AdjustedBlock(Block):
-  """Block whose branches see the residual stream times `adjustment` and add their result divided by it."""
-
-  def __init__(self, *args, adjustment: float, **kw):
-    super().__init__(*args, **kw)
-    self.adjustment = adjustment
-
-
 class DeepViT(IsotropicTransformer):
   """The whole classifier; see IsotropicTransformer for the other arguments, for its call and intermediates.
 
@@ -198,7 +190,7 @@ class DeepViT(IsotropicTransformer):
       return super().make_patch_embed()
     return functools.partial(ConvStem, statistics_batch=self.statistics_batch)
 
-  def make_block(self, index: int) -> Callable[..., AdjustedBlock]:
+  def make_block(self, index: int) -> Callable[..., Block]:
     attention = Attention
     if index in self.reattention_blocks:
       attention = functools.partial(
@@ -207,4 +199,4 @@ class DeepViT(IsotropicTransformer):
         statistics_batch=self.statistics_batch,
         reatten_scale=self.reatten_scale,
       )
-    return functools.partial(AdjustedBlock, adjustment=self.scale_adjustment, attention=attention)
+    return functools.partial(Block, adjustment=self.scale_adjustment, attention=attention)

@@ -199,8 +199,8 @@ def _call(kernel, arrays, results, flops, scratch, images_at_once):
     if x.ndim == 4:
       return pl.BlockSpec((some, block, *x.shape[2:]), lambda core, i, j: (core * turns + i, j, 0, 0))
     space = pltpu.SMEM if name.endswith("_scalars") else None
-    where = lambda core, i, j: (core * turns + i, *[0] * (x.ndim - 1))  # noqa: E731
-    return pl.BlockSpec((some, *x.shape[1:]), where, memory_space=space)
+    rest = (0,) * (x.ndim - 1)
+    return pl.BlockSpec((some, *x.shape[1:]), lambda core, i, j: (core * turns + i, *rest), memory_space=space)
 
   moved = [x for x in (*arrays.values(), *results.values()) if x is not None]
   return pl.pallas_call(

@@ -500,11 +500,10 @@ class Attention(MultiHeadAttention):
 class Block(nnx.Module):
   """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)), both with stochastic depth.
 
-  Attributes:
+  Args:
+    attention: what creates the attention.
     adjustment: factor of the residual stream as the branches see it; what they give is divided by it.
   """
-
-  adjustment = 1.0
 
   def __init__(
     self,
@@ -516,8 +515,10 @@ class Block(nnx.Module):
     drop_path_rate: float = 0.0,
     *,
     attention: Callable[..., Attention] = Attention,
+    adjustment: float = 1.0,
     **kw,
   ):
+    self.adjustment = adjustment
     self.norm1 = LayerNorm(dim, **kw)
     self.attn = attention(dim, num_heads, attn_drop_rate, drop_rate, **kw)
     self.norm2 = LayerNorm(dim, **kw)
