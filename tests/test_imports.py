@@ -45,10 +45,10 @@ models.registry
 models.boat
 models.vit  models.deepvit  models.crossvit  models.swin  models.cswin
 models.isotropic  models.pyramid  models.batch_norm
-models.layers  models.functional
+models.layers  models.functional  models.resize
 models.fused_mlp  models.fused_projections
 models.token_kernels  models.gelu
-models.attention  models.initial
+models.attention  models.initial  models.dropout
 models.fused_windows  models.fused_reattention  models.fused_clustering  models.fused_depthwise
 models.fused_attention
 models.kernels

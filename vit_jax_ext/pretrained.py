@@ -18,7 +18,8 @@ import safetensors.numpy
 
 from vit_jax_ext import hub, weight_files, weight_names
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.models import layers, registry, swin
+from vit_jax_ext.models import registry, swin
+from vit_jax_ext.models.resize import resize_bicubic
 from vit_jax_ext.workdir import checkpoint, description
 
 # Our leaf names -> PyTorch's. All other parts of a path are the authors' own attribute names and indices.
@@ -329,7 +330,7 @@ def _resize_grid(cells: np.ndarray, grid: tuple[int, int], aspect: float = 1.0) 
   rows = min(rows, key=lambda rows: abs(math.log(rows * rows / count / aspect)), default=0)
   if not rows or (aspect == 1 and rows * rows != count):
     return None
-  resized = layers.resize_bicubic(jnp.asarray(cells).reshape(rows, count // rows, -1), grid)
+  resized = resize_bicubic(jnp.asarray(cells).reshape(rows, count // rows, -1), grid)
   return np.asarray(resized).reshape(-1, cells.shape[-1])
 
 

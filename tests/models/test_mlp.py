@@ -18,6 +18,7 @@ from vit_jax_ext.models import (
   attention,
   cswin,
   deepvit,
+  dropout,
   fused_mlp,
   fused_projections,
   gelu,
@@ -244,7 +245,7 @@ def test_what_the_kernels_do_not_take_is_left_to_xla(monkeypatch):
     norm = layers.LayerNorm(dim, **kw)
 
     def run(x):
-      return mlp.add_to(x, norm, layers.DropPath(0.0), nnx.Rngs(0) if train else None)
+      return mlp.add_to(x, norm, dropout.DropPath(0.0), nnx.Rngs(0) if train else None)
 
     return "pallas_call" in str(jax.make_jaxpr(run)(jax.ShapeDtypeStruct((2, tokens, dim), dtype)))
 

@@ -25,8 +25,9 @@ from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import fused_clustering, layers
 from vit_jax_ext.models.attention import softmax_attention, split_heads, weigh, widest
 from vit_jax_ext.models.cswin import CSWin, CSWinBlock
+from vit_jax_ext.models.dropout import drop, keep_factors
 from vit_jax_ext.models.fused_windows import Windows, attend_windows
-from vit_jax_ext.models.layers import Linear, drop
+from vit_jax_ext.models.layers import Linear
 from vit_jax_ext.models.pyramid import Grid, LayerNorm
 from vit_jax_ext.models.swin import Swin, SwinBlock
 
@@ -259,7 +260,7 @@ class FeatureAttention(layers.MultiHeadAttention):
       return x + (y if drop_path is None else drop(drop_path, y, rngs)), clusters
     x, ((*qkv, v),) = self.qkv.after_norm(x, norm, values=2)
     y, clusters = self.attend_clusters(*qkv, rngs)
-    return self.proj.add_to(x, [[y, self.positions(v)]], layers.keep_factors(drop_path, x, rngs)), clusters
+    return self.proj.add_to(x, [[y, self.positions(v)]], keep_factors(drop_path, x, rngs)), clusters
 
 
 class BoatSwinBlock(SwinBlock):

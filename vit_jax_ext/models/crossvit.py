@@ -17,9 +17,11 @@ import numpy as np
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers
 from vit_jax_ext.models.attention import split_heads, widest
+from vit_jax_ext.models.dropout import DropPath, drop, runtime_rngs
 from vit_jax_ext.models.gelu import gelu
 from vit_jax_ext.models.kernels import head_shards
-from vit_jax_ext.models.layers import Attention, Block, Conv, LayerNorm, Linear, Sequential, drop
+from vit_jax_ext.models.layers import Attention, Block, Conv, LayerNorm, Linear, Sequential
+from vit_jax_ext.models.resize import resize_bicubic
 
 Intermediates = dict[str, jax.Array]
 Branches = list[jax.Array]  # tokens of both branches, [(B, 1 + N_0, C_0), (B, 1 + N_1, C_1)]
@@ -110,7 +112,7 @@ class FusionBlock(nnx.Module):
   ):
     self.norm1 = LayerNorm(dim, **kw)
     self.attn = attention(dim, num_heads, attn_drop_rate, drop_rate, **kw)
-    self.drop_path = layers.DropPath(drop_path_rate)
+    self.drop_path = DropPath(drop_path_rate)
 
   def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, jax.Array]:
     y, attn = self.attn(self.norm1(x), rngs)
@@ -366,12 +368,12 @@ class CrossViT(nnx.Module):
       UserError: images of another size, or train=True with positive drop rates and no rngs.
     """
     layers.check_images(images, self.image_size)
-    rngs = layers.runtime_rngs(train, rngs, *self.drop_rates)
+    rngs = runtime_rngs(train, rngs, *self.drop_rates)
     xs = []
     for embed, size, cls_token, pos_embed in zip(
       self.patch_embed, self.sizes, self.cls_token, self.pos_embed, strict=True
     ):
-      tokens = embed(layers.resize_bicubic(images, size))
+      tokens = embed(resize_bicubic(images, size))
       xs.append(drop(self.pos_drop, layers.add_cls_token(tokens, cls_token[...], pos_embed[...]), rngs))
 
     out = {}

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers
+from vit_jax_ext.models.dropout import drop, keep_factors
 from vit_jax_ext.models.fused_windows import Windows, attend_packed_stripes, attend_windows
 from vit_jax_ext.models.kernels import can_pack
-from vit_jax_ext.models.layers import Conv, Linear, Sequential, drop
+from vit_jax_ext.models.layers import Conv, Linear, Sequential
 from vit_jax_ext.models.pyramid import Grid, Intermediates, LayerNorm, Pyramid, PyramidBlock
 
 
@@ -133,7 +134,7 @@ class CSWinBlock(PyramidBlock):
       packed = can_pack(x.shape[-1] // number, self.attns[0].num_heads)
       x, shares = self.qkv.after_norm(x, self.norm1, values=2, shares=number, packed=packed)
       ys = [attn.terms(qkv) for attn, qkv in zip(self.attns, shares, strict=True)]
-      return self.proj.add_to(x, ys, layers.keep_factors(self.drop_path, x, rngs)), {}
+      return self.proj.add_to(x, ys, keep_factors(self.drop_path, x, rngs)), {}
     normed = self.norm1(x)
     y = jnp.stack([attn(normed, self.qkv, i, number, rngs) for i, attn in enumerate(self.attns)], axis=-2)
     return x + drop(self.drop_path, self.proj(y), rngs), {}

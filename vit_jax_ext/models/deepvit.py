@@ -15,8 +15,9 @@ from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers
 from vit_jax_ext.models.attention import map_covariance, reattend, softmax_attention, weigh, widest
 from vit_jax_ext.models.batch_norm import BatchNorm
+from vit_jax_ext.models.dropout import drop
 from vit_jax_ext.models.isotropic import IsotropicTransformer
-from vit_jax_ext.models.layers import Attention, Block, Conv, drop
+from vit_jax_ext.models.layers import Attention, Block, Conv
 
 
 class ConvStem(nnx.Module):

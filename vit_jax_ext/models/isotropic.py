@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from vit_jax_ext.models import layers
-from vit_jax_ext.models.layers import drop
+from vit_jax_ext.models.dropout import drop, runtime_rngs
 
 
 class IsotropicTransformer(nnx.Module):
@@ -96,7 +96,7 @@ class IsotropicTransformer(nnx.Module):
       UserError: images of another size, or train=True with positive drop rates and no rngs.
     """
     layers.check_images(images, self.image_size)
-    rngs = layers.runtime_rngs(train, rngs, *self.drop_rates)
+    rngs = runtime_rngs(train, rngs, *self.drop_rates)
     tokens = self.patch_embed(images, train=train)
     x = drop(self.pos_drop, layers.add_cls_token(tokens, self.learned_tokens(), self.pos_embed[...]), rngs)
     out = {}

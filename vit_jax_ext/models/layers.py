@@ -19,19 +19,17 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import fused_depthwise, fused_mlp, fused_projections, initial
 from vit_jax_ext.models.attention import attend, attend_packed, is_fused, platform, widest
+from vit_jax_ext.models.dropout import DropPath, drop, keep_factors
 from vit_jax_ext.models.fused_windows import Windows
 from vit_jax_ext.models.gelu import gelu
 from vit_jax_ext.models.kernels import can_pack, pack
 
 # timm's trunc_normal_(std=0.02) cuts at an absolute 2, a hundred standard deviations away: it is a plain normal.
 token_init = initial.normal(0.02)
-# Stochastic depth (Huang et al. 2016): drops the residual branch of a whole sample, and scales the ones that stay.
-DropPath = functools.partial(nnx.Dropout, broadcast_dims=(1, 2))
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -128,28 +126,6 @@ def _weight_and_bias(layer: LayerNorm | Linear) -> tuple[jax.Array, jax.Array]:
   return weight[...].astype(jnp.float32), layer.bias[...].astype(jnp.float32)
 
 
-def drop(layer: nnx.Dropout, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
-  """Applies a Dropout or DropPath; the identity without `rngs`."""
-  return layer(x, deterministic=rngs is None, rngs=rngs)
-
-
-def keep_factors(drop_path: nnx.Dropout | None, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
-  """Returns what stochastic depth multiplies the branch of each sample of x with, (B, 1, 1): 0 where it drops it."""
-  ones = jnp.ones((x.shape[0], 1, 1), x.dtype)
-  return ones if drop_path is None else drop(drop_path, ones, rngs)
-
-
-def runtime_rngs(train: bool, rngs: nnx.Rngs | None, *rates: float) -> nnx.Rngs | None:
-  """Returns the rngs that the blocks get: none in evaluation.
-
-  Raises:
-    UserError: in training with a positive dropout or stochastic-depth rate but nothing to draw from.
-  """
-  if train and rngs is None and any(rates):
-    raise UserError(f"train=True with drop rates {rates} needs randomness; pass rngs=nnx.Rngs(key)")
-  return rngs if train else None
-
-
 class Sequential(nnx.List):
   """Callables applied in turn; parameters are found under the index, as in torch's Sequential."""
 
@@ -157,41 +133,6 @@ class Sequential(nnx.List):
     for layer in self:
       x = layer(x)
     return x
-
-
-def cubic_taps(size_in: int, size_out: int, a: float = -0.75) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the four source indices and weights of each target position, both (size_out, 4).
-
-  torch's `interpolate(mode="bicubic", align_corners=False)`: Keys' kernel with a = -0.75, half-pixel centres, repeated
-  border, no antialiasing. (`jax.image.resize` has a = -0.5 and antialiases.)
-  """
-  centre = (np.arange(size_out) + 0.5) * size_in / size_out - 0.5
-  index = np.floor(centre).astype(int)[:, None] + np.arange(-1, 3)
-  distance = np.abs(centre[:, None] - index)
-  near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
-  far = a * (((distance - 5) * distance + 8) * distance - 4)
-  return np.clip(index, 0, size_in - 1), np.where(distance <= 1, near, far)
-
-
-def resize_bicubic(images: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """Resizes (..., H, W, C) to (..., *size, C) as torch's bicubic `interpolate` does; computes in at least float32."""
-  dtype = images.dtype
-  images = images.astype(widest(dtype))
-  for axis, size_out in zip((-3, -2), size, strict=True):
-    if images.shape[axis] == size_out:
-      continue
-    index, weight = cubic_taps(images.shape[axis], size_out)
-    weight = weight.astype(images.dtype)
-    if platform() == "tpu":  # whose matrix units multiply by zeros for less than gathers take
-      matrix = np.zeros((images.shape[axis], size_out), weight.dtype)
-      np.add.at(matrix, (index, np.arange(size_out)[:, None]), weight)
-      images = jnp.tensordot(images, matrix, ((axis,), (0,)), precision=jax.lax.Precision.HIGHEST)
-      images = jnp.moveaxis(images, -1, axis)
-      continue
-    # Gathering four taps costs 2 multiply-adds per thousand of the dense matrix product, and is faster on CPU too.
-    weight = weight.reshape(size_out, 4, *[1] * (-1 - axis))
-    images = sum(jnp.take(images, index[:, tap], axis) * weight[:, tap] for tap in range(4))
-  return images.astype(dtype)
 
 
 def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from vit_jax_ext.errors import UserError
 from vit_jax_ext.models import layers
+from vit_jax_ext.models.dropout import DropPath, runtime_rngs
 
 Intermediates = dict[str, jax.Array]
 Grid = tuple[int, int]
@@ -31,7 +32,7 @@ class PyramidBlock(nnx.Module):
   def __init__(self, dim: int, mlp_ratio: float, drop_rate: float, drop_path_rate: float, **kw):
     self.norm2 = LayerNorm(dim, **kw)
     self.mlp = layers.Mlp(dim, int(dim * mlp_ratio), drop_rate, **kw)
-    self.drop_path = layers.DropPath(drop_path_rate)
+    self.drop_path = DropPath(drop_path_rate)
 
   def attend(self, x: jax.Array, rngs: nnx.Rngs | None) -> tuple[jax.Array, Intermediates]:
     """Adds what the tokens tell each other; returns intermediates too, named by their place in this module."""
@@ -143,7 +144,7 @@ class Pyramid(nnx.Module):
       UserError: images of another size, or train=True with positive drop rates and no rngs.
     """
     layers.check_images(images, self.image_size)
-    rngs = layers.runtime_rngs(train, rngs, *self.drop_rates)
+    rngs = runtime_rngs(train, rngs, *self.drop_rates)
     x = self.embed(images, rngs)
     out = {}
     for i, (path, blocks, merging) in enumerate(self.stages()):

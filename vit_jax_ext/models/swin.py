@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax_ext.models import layers
+from vit_jax_ext.models.dropout import drop, keep_factors
 from vit_jax_ext.models.fused_windows import Windows, attend_packed_windows, attend_windows
 from vit_jax_ext.models.kernels import can_pack
-from vit_jax_ext.models.layers import Linear, drop
+from vit_jax_ext.models.layers import Linear
 from vit_jax_ext.models.pyramid import Grid, Intermediates, LayerNorm, Pyramid, PyramidBlock
 
 
@@ -148,7 +149,7 @@ class SwinBlock(PyramidBlock):
 
   def attend(self, x: jax.Array, rngs: nnx.Rngs | None) -> tuple[jax.Array, Intermediates]:
     if self.attn.is_fused_whole(x, rngs):
-      return self.attn.add_to(x, self.norm1, layers.keep_factors(self.drop_path, x, rngs)), {}
+      return self.attn.add_to(x, self.norm1, keep_factors(self.drop_path, x, rngs)), {}
     return x + drop(self.drop_path, self.attn(self.norm1(x), rngs), rngs), {}
 
 
