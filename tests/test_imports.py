@@ -48,7 +48,7 @@ models.isotropic  models.pyramid  models.batch_norm
 models.layers  models.functional  models.resize
 models.fused_mlp  models.fused_projections
 models.token_kernels  models.gelu
-models.attention  models.initial  models.dropout
+models.attention  models.initial  models.dropout  models.fused_clusters
 models.fused_windows  models.fused_reattention  models.fused_clustering  models.fused_depthwise
 models.fused_attention
 models.kernels

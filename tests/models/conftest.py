@@ -11,6 +11,7 @@ import safetensors.numpy
 import torch
 
 import vit_jax_ext as vx
+from vit_jax_ext.models import attention
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 
@@ -46,3 +47,20 @@ def check_golden(golden, x64, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *(nnx.to_pure_dict(nnx.state(m)) for m in (model, again)))
 
   return check
+
+
+@pytest.fixture
+def on_tpu(monkeypatch):
+  monkeypatch.setattr(attention, "platform", lambda: "tpu")
+
+
+@pytest.fixture
+def on_a_kind(on_tpu):
+  """Returns a context in which programs are for a kind of TPU."""
+
+  def context(kind):
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), auto, abstract_device=device))
+
+  return context

@@ -155,11 +155,6 @@ def test_the_kernels_are_reattention(images, tokens, dim, heads):
   check_same(lambda q, k: covariance_sums(q, k, width, 0.3), plain_covariance, weights, q, k)
 
 
-@pytest.fixture
-def on_tpu(monkeypatch):
-  monkeypatch.setattr(attention, "platform", lambda: "tpu")
-
-
 @pytest.mark.parametrize(
   ("name", "overrides"),
   [
@@ -378,18 +373,6 @@ def test_one_projection_of_a_share_gives_all_that_the_kernel_of_windows_reads(wi
     return attend_packed_stripes(layer.side_by_side(x, heads, share, 2), Windows(grid, window), heads, 0.3)
 
   check_same(fused, plain, (dy, dv), x, kernel, bias)
-
-
-@pytest.fixture
-def on_a_kind(on_tpu):
-  """Returns a context in which programs are for a kind of TPU."""
-
-  def context(kind):
-    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
-    auto = (jax.sharding.AxisType.Auto,)
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), auto, abstract_device=device))
-
-  return context
 
 
 @pytest.mark.parametrize(

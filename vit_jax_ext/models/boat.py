@@ -22,11 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.models import fused_clustering, layers
+from vit_jax_ext.models import fused_clustering, fused_clusters, layers
 from vit_jax_ext.models.attention import softmax_attention, split_heads, weigh, widest
 from vit_jax_ext.models.cswin import CSWin, CSWinBlock
 from vit_jax_ext.models.dropout import drop, keep_factors
-from vit_jax_ext.models.fused_windows import Windows, attend_windows
+from vit_jax_ext.models.fused_clusters import attend_clusters
+from vit_jax_ext.models.fused_windows import Windows
 from vit_jax_ext.models.layers import Linear
 from vit_jax_ext.models.pyramid import Grid, LayerNorm
 from vit_jax_ext.models.swin import Swin, SwinBlock
@@ -53,18 +54,15 @@ def _normalise(x: jax.Array) -> jax.Array:
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def permute(arrays: list[jax.Array], order: jax.Array, place: jax.Array, fused: bool) -> list[jax.Array]:
+@jax.custom_vjp
+def permute(arrays: list[jax.Array], order: jax.Array, place: jax.Array) -> list[jax.Array]:
   """Brings the tokens of arrays into order, for each head those of its own.
 
   Args:
     arrays: (B, tokens, C), the heads side by side.
     order: the token at each place, (B, heads, tokens).
     place: the place of each token, its inverse; given in turns they bring tokens back.
-    fused: by `fused_clustering`.
   """
-  if fused:
-    return fused_clustering.move(arrays, place)
   order = order.swapaxes(1, 2)[..., None]
   return [
     jnp.take_along_axis(split_heads(x, order.shape[2]), order, axis=1, mode="promise_in_bounds").reshape(x.shape)
@@ -74,8 +72,8 @@ def permute(arrays: list[jax.Array], order: jax.Array, place: jax.Array, fused: 
 
 # The gradient of a permutation is the inverse one; JAX would add up rows that do not meet.
 permute.defvjp(
-  lambda arrays, order, place, fused: (permute(arrays, order, place, fused), (order, place)),
-  lambda fused, indices, g: (permute(g, *reversed(indices), fused), None, None),
+  lambda arrays, order, place: (permute(arrays, order, place), (order, place)),
+  lambda indices, g: (permute(g, *reversed(indices)), None, None),
 )
 
 
@@ -208,38 +206,38 @@ class FeatureAttention(layers.MultiHeadAttention):
     """Attention inside equal clusters, of tokens laid side by side; linear in their number."""
     batch, tokens, dim = q.shape
     if not self.levels:
-      return self.attend(q, k, v, rngs)[0], jnp.zeros((batch, self.num_heads, tokens), int)
+      return self.attend(q, k, v, rngs)[0] + self.positions(v), jnp.zeros((batch, self.num_heads, tokens), int)
     size = tokens >> self.levels
     overlap = min(self.options.overlap, size)
-    # Pairs as they lie in memory: nothing moves, though a quarter of a map or more is masked.
+    # Pairs of clusters as they lie in memory, though a quarter of a map or more is masked.
     windows, width = Windows((tokens // (2 * size), 2 * size), (1, 2 * size)), dim // self.num_heads
     pairs = jax.ShapeDtypeStruct((batch, windows.number, 2 * size, dim), q.dtype)
-    if fused := self.is_fused(pairs, pairs, rngs) and windows.fits(q, width):
+    if self.is_fused(pairs, pairs, rngs) and fused_clusters.fits(q, windows, width, self.grid):
       order, place = fused_clustering.cluster_order(
         jax.lax.stop_gradient(q), self.num_heads, self.levels, self.options.iterations, SHARPNESS
       )
-    else:
-      heads = split_heads(q, self.num_heads).swapaxes(1, 2)
-      order, _ = balanced_clusters(heads, self.levels, self.options.iterations)
-      place = jnp.argsort(order, axis=-1)
-    arrays = permute([q, k, v], order, place, fused)
-    if fused:
-      y = attend_windows(*arrays, None, overlap_mask(size, overlap)[None], windows, width, self.scale)
-    else:
-      q, *others = (x.reshape(batch, -1, size, dim) for x in arrays)
-      y, _ = self.attend(q, *(add_overlap(x, overlap) for x in others), rngs)
-    (y,) = permute([y.reshape(batch, tokens, dim)], place, order, fused)
-    return y, place // size
+      mask, taps = overlap_mask(size, overlap), self.get_v.taps()
+      y = attend_clusters(q, k, v, order, place, mask, taps, windows, width, self.scale, self.grid)
+      return y, place // size
+    heads = split_heads(q, self.num_heads).swapaxes(1, 2)
+    order, _ = balanced_clusters(heads, self.levels, self.options.iterations)
+    place = jnp.argsort(order, axis=-1)
+    q, *others = (x.reshape(batch, -1, size, dim) for x in permute([q, k, v], order, place))
+    y, _ = self.attend(q, *(add_overlap(x, overlap) for x in others), rngs)
+    (y,) = permute([y.reshape(batch, tokens, dim)], place, order)
+    return y + self.positions(v), place // size
 
   def attend_kmeans(self, q, k, v, rngs: nnx.Rngs | None) -> tuple[jax.Array, jax.Array]:
     """Attention inside unequal clusters. Any may hold all tokens, so each is padded to all, and masked: quadratic."""
     clusters = kmeans_clusters(split_heads(q, self.num_heads).swapaxes(1, 2), 2**self.levels, self.options.iterations)
     mask = jnp.where(clusters[..., :, None] == clusters[..., None, :], 0, -jnp.inf)
     attn = softmax_attention(q, k, num_heads=self.num_heads, scale=self.scale, bias=mask)
-    return weigh(drop(self.attn_drop, attn, rngs), v), clusters
+    return weigh(drop(self.attn_drop, attn, rngs), v) + self.positions(v), clusters
 
   def attend_clusters(self, q, k, v, rngs: nnx.Rngs | None) -> tuple[jax.Array, jax.Array]:
-    """Attention inside clusters, (B, N, C), and the cluster of each token for each head, (B, heads, N) int."""
+    """Attention inside clusters with the position term, (B, N, C), and the cluster of each token for each head,
+    (B, heads, N) int.
+    """
     return (self.attend_balanced if self.options.clustering == "balanced" else self.attend_kmeans)(q, k, v, rngs)
 
   def positions(self, v: jax.Array) -> jax.Array:
@@ -250,17 +248,17 @@ class FeatureAttention(layers.MultiHeadAttention):
     """Returns the new tokens (B, N, C) and the clusters."""
     q, k, v = self.qkv(x)
     y, clusters = self.attend_clusters(q, k, v, rngs)
-    return drop(self.proj_drop, self.proj(y + self.positions(v)), rngs), clusters
+    return drop(self.proj_drop, self.proj(y), rngs), clusters
 
   def add_to(self, x, norm: LayerNorm, rngs: nnx.Rngs | None, drop_path: nnx.Dropout | None = None):
     """Returns x + self(norm(x)), with stochastic depth if there is any, and the clusters."""
-    fused = layers.projections_are_fused(x, self.qkv, rngs, self.proj_drop, values=2)
+    fused = layers.projections_are_fused(x, self.qkv, rngs, self.proj_drop)
     if self.implementation == "reference" or not fused:
       y, clusters = self(norm(x), rngs)
       return x + (y if drop_path is None else drop(drop_path, y, rngs)), clusters
-    x, ((*qkv, v),) = self.qkv.after_norm(x, norm, values=2)
+    x, (qkv,) = self.qkv.after_norm(x, norm)
     y, clusters = self.attend_clusters(*qkv, rngs)
-    return self.proj.add_to(x, [[y, self.positions(v)]], keep_factors(drop_path, x, rngs)), clusters
+    return self.proj.add_to(x, [[y]], keep_factors(drop_path, x, rngs)), clusters
 
 
 class BoatSwinBlock(SwinBlock):

@@ -8,20 +8,19 @@ are so many that this takes less.
 """
 
 import functools
-import math
 
 import jax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from vit_jax_ext.models.kernels import LANES, call, head_groups, like, on_each_device, own_lanes, product
+from vit_jax_ext.models.kernels import call, head_groups, on_each_device, own_lanes, product
 
 GROUPS = 8  # that centroids are found of at a time
 ROWS = 512  # of a permutation's matrix that are made at a time
 MANY = 1024  # tokens from which on rows are moved one by one: a product's time grows with the square of their number
-UNROLLED = 64  # rows, at most
-LEAST_UNROLLED = 16  # of which a row takes 1.9 cycles by the compiler's schedule
-ROW_FLOPS = 131_000 * 1.6  # what a product would do in the 1.6 that it takes of UNROLLED
+UNROLLED = 512  # rows, at most
+STEPS = 8  # rows whose places are found from one address
+ROW_FLOPS = 131_000 * 1.1  # what a product would do in the cycles that a row takes, by the compiler's schedule
 
 
 def _precise(a, x, axis_a, axis_x, number=3):
@@ -114,73 +113,3 @@ def cluster_order(
     return jax.lax.fori_loop(0, levels, halve, (token, token))
 
   return on_each_device(run, {"q": x[:, None]}, ["order", "place"], num_heads)
-
-
-def _move_kernel(index_ref, *refs, width):
-  sources, results = refs[: len(refs) // 2], refs[len(refs) // 2 :]
-  tokens = index_ref.shape[2]
-  for head in range(index_ref.shape[1]):
-    lanes, index = pl.ds(head * width, width), index_ref[0, pl.ds(head, 1)]
-    x = jnp.concatenate([ref[0, 0, :, lanes] for ref in sources], axis=1)
-    precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-
-    def fill(first, rows, x=x, index=index, lanes=lanes, precision=precision):
-      own = jax.lax.broadcasted_iota(jnp.int32, (rows, tokens), 0) == index - first
-      y = jnp.dot(own.astype(x.dtype), x, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
-      for i, ref in enumerate(results):
-        ref[0, 0, pl.ds(first, rows), lanes] = y[:, i * width : (i + 1) * width]
-
-    @pl.loop(0, tokens // ROWS)
-    def _(block, fill=fill):
-      fill(pl.multiple_of(block * ROWS, ROWS), ROWS)
-
-    if tokens % ROWS:
-      fill(tokens - tokens % ROWS, tokens % ROWS)
-
-
-def _move_rows_kernel(index_ref, *refs, width, unrolled):
-  """Rows that can be anywhere are those of float32 arrays of 128 lanes: one for a head's share of several arrays."""
-  *refs, source, target = refs
-  pairs, tokens = list(zip(refs[: len(refs) // 2], refs[len(refs) // 2 :], strict=True)), refs[0].shape[2]
-  several = LANES // width
-  for head in range(refs[0].shape[3] // width):
-    lanes = pl.ds(head * width, width)
-    for first in range(0, len(pairs), several):
-      some = pairs[first : first + several]
-      x = jnp.concatenate([x_ref[0, 0, :, lanes] for x_ref, _ in some], axis=1)
-      source[:, : x.shape[1]] = x.astype(jnp.float32)
-
-      @pl.loop(0, tokens // unrolled)
-      def _(block, head=head):
-        row = pl.multiple_of(block * unrolled, unrolled)
-        places = [index_ref[0, 0, head * tokens + row + i] for i in range(unrolled)]
-        for i, place in enumerate(places):
-          target[pl.ds(place, 1)] = source[pl.ds(row + i, 1)]
-
-      for i, (_, y_ref) in enumerate(some):
-        y_ref[0, 0, :, lanes] = target[:, i * width : (i + 1) * width].astype(y_ref.dtype)
-
-
-def move(arrays: list[jax.Array], index: jax.Array) -> list[jax.Array]:
-  """Moves tokens, for each head those of its own: row n becomes row index[b, h, n]. Exact.
-
-  Args:
-    arrays: up to three, (B, tokens, C), the heads side by side.
-    index: a permutation, (B, heads, tokens) int32.
-  """
-  heads, tokens = index.shape[1:]
-  width, names, unrolled = arrays[0].shape[-1] // heads, ["q", "k", "v"][: len(arrays)], math.gcd(tokens, UNROLLED)
-
-  def run(given):
-    found, index = {name: given[name] for name in names}, given["index"]
-    results = {f"d{name}": like(x) for name, x in found.items()}
-    if tokens < MANY or unrolled < LEAST_UNROLLED or width > LANES:
-      kernel = functools.partial(_move_kernel, width=width)
-      return call(kernel, {"index": index, **found}, results, 2 * len(names) * found["q"].size * tokens)
-    kernel = functools.partial(_move_rows_kernel, width=width, unrolled=unrolled)
-    found = {"index_scalars": index.reshape(len(index), 1, -1), **found}
-    flops = round(ROW_FLOPS * index.size) * -(-len(names) // (LANES // width))
-    return call(kernel, found, results, flops, [(tokens, LANES)] * 2)
-
-  given = {"index": index, **{name: x[:, None] for name, x in zip(names, arrays, strict=True)}}
-  return [y[:, 0] for y in on_each_device(run, given, [f"d{name}" for name in names], heads)]

@@ -17,6 +17,7 @@ import numpy as np
 
 from vit_jax_ext.models.fused_attention import Group, adder, backward_heads, forward_heads, thirds
 from vit_jax_ext.models.kernels import (
+  LANES,
   call,
   clear_sums,
   head_groups,
@@ -79,7 +80,7 @@ class Windows:
       width: of a head.
     """
     tokens, dim = x.shape[1:]
-    working = tiled_bytes(_working_shape(self, tokens, dim, width), 4)
+    working = tiled_bytes(working_shape(self, tokens, dim, width), 4)
     return 7 * (working + 2 * tiled_bytes((tokens, dim), x.dtype.itemsize)) <= vmem_bytes()
 
   def pad(self, x: jax.Array, fill: float) -> jax.Array:
@@ -103,11 +104,11 @@ def _tiled(size: int) -> int:
   return -(-size // SUBLANES) * SUBLANES
 
 
-def _working_shape(windows: Windows, tokens: int, dim: int, width: int) -> tuple[int, int, int]:
+def working_shape(windows: Windows, tokens: int, dim: int, width: int) -> tuple[int, int, int]:
   """Returns the shape of an image in which windows are found, (parts of the lanes, tokens and more, lanes)."""
   parts = head_groups(dim, width)
   behind = _tiled(windows.groups[1]) * (1 if windows.by_rows else windows.grid[1])
-  return len(parts), tokens + behind, parts[0][0].size
+  return len(parts), tokens + behind, max(LANES, parts[0][0].size)
 
 
 def _roll(source, target, grid, shift) -> None:
@@ -123,6 +124,11 @@ def _roll(source, target, grid, shift) -> None:
         target[part, pl.ds(here + columns - right, right)] = source[part, pl.ds(there, right)]
 
 
+def clear_behind(image, tokens: int) -> None:
+  """Clears what lies behind the tokens of an image in which windows are found, and that the last of them read."""
+  image[:, tokens:] = jnp.zeros((image.shape[0], image.shape[1] - tokens, image.shape[2]), jnp.float32)
+
+
 def _read(ref, target, spare, parts, windows) -> None:
   """Reads an image into `target`, rolled; behind it zeros.
 
@@ -130,7 +136,7 @@ def _read(ref, target, spare, parts, windows) -> None:
   read anywhere.
   """
   tokens = ref.shape[2]
-  target[:, tokens:] = jnp.zeros((target.shape[0], target.shape[1] - tokens, target.shape[2]), jnp.float32)
+  clear_behind(target, tokens)
   place = spare if any(windows.shift) else target
   for part, (lanes, _) in enumerate(parts):
     place[part, :tokens, : lanes.size] = ref[0, 0, :, lanes].astype(jnp.float32)
@@ -171,23 +177,61 @@ def _places(first, several, parts):
   return [(first + i, part, lanes, heads) for i in range(several) for part, (lanes, heads) in enumerate(parts)]
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, y_ref, *images, windows, width, scale):
-  *sources, target = images
-  parts = head_groups(q_ref.shape[-1], width)
-  for ref, image in zip((q_ref, k_ref, v_ref), sources, strict=True):
-    _read(ref, image, target, parts, windows)
+def attend_images(sources, target, bias_ref, mask_ref, parts, windows, width, scale, dtype) -> None:
+  """Does attention inside the windows of an image that lies in working shape: q, k and v of `sources`, into `target`.
 
+  Args:
+    sources, target: float32, see `working_shape`.
+    bias_ref, mask_ref: of the logits.
+    parts: heads that share lanes, see `head_groups`.
+    windows, width, scale: see `attend_windows`.
+    dtype: of what products take.
+  """
   several = _windows_at_once(windows, parts)
 
   @pl.loop(0, windows.number // several)
   def _(turn):
     places, groups = _places(turn * several, several, parts), []
     for window, part, lanes, heads in places:
-      q, k, v = (_load(image, part, window, lanes, windows, q_ref.dtype) for image in sources)
+      q, k, v = (_load(image, part, window, lanes, windows, dtype) for image in sources)
       groups.append(Group(q, k, v, heads, adder(bias_ref, mask_ref, window)))
     for (window, part, lanes, _), y in zip(places, forward_heads(groups, width, scale), strict=True):
       _store(target, y, part, window, lanes, windows)
 
+
+def attend_images_backward(
+  sources, targets, bias_ref, dbias_ref, mask_ref, parts, windows, width, scale, dtype
+) -> None:
+  """Turns q, k, v and the gradient of the result into the gradients of q, k and v; adds up that of the bias.
+
+  The arguments are those of `attend_images`.
+  """
+  number, size = windows.groups
+  slot = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (number * _tiled(size), 1), 0), _tiled(size))
+  several = _windows_at_once(windows, parts)
+
+  @pl.loop(0, windows.number // several)
+  def _(turn):
+    places, groups = _places(turn * several, several, parts), []
+    for window, part, lanes, heads in places:
+      q, k, v, dy = (_load(image, part, window, lanes, windows, dtype) for image in sources)
+      groups.append(Group(q, k, v, heads, adder(bias_ref, mask_ref, window), jnp.where(slot < size, dy, 0)))
+    gradients, dlogits = backward_heads(groups, width, scale)
+    for (window, part, lanes, _), three in zip(places, gradients, strict=True):
+      for image, x in zip(targets, three, strict=True):
+        _store(image, x, part, window, lanes, windows)
+    if dbias_ref is not None:
+      number_of_heads = dbias_ref.shape[0]
+      for head in range(number_of_heads):
+        dbias_ref[head] += sum(dlogits[head::number_of_heads])
+
+
+def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, y_ref, *images, windows, width, scale):
+  *sources, target = images
+  parts = head_groups(q_ref.shape[-1], width)
+  for ref, image in zip((q_ref, k_ref, v_ref), sources, strict=True):
+    _read(ref, image, target, parts, windows)
+  attend_images(sources, target, bias_ref, mask_ref, parts, windows, width, scale, q_ref.dtype)
   _write(target, y_ref, sources[0], parts, windows)
 
 
@@ -199,26 +243,7 @@ def _backward_kernel(q_ref, k_ref, v_ref, bias_ref, mask_ref, dy_ref, *refs, win
   if bias_ref is not None:
     clear_sums([refs[3]])
     dbias_ref = refs[3].at[0]
-  number, size = windows.groups
-  slot = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (number * _tiled(size), 1), 0), _tiled(size))
-
-  several = _windows_at_once(windows, parts)
-
-  @pl.loop(0, windows.number // several)
-  def _(turn):
-    places, groups = _places(turn * several, several, parts), []
-    for window, part, lanes, heads in places:
-      q, k, v, dy = (_load(image, part, window, lanes, windows, q_ref.dtype) for image in sources)
-      groups.append(Group(q, k, v, heads, adder(bias_ref, mask_ref, window), jnp.where(slot < size, dy, 0)))
-    gradients, dlogits = backward_heads(groups, width, scale)
-    for (window, part, lanes, _), three in zip(places, gradients, strict=True):
-      for image, x in zip(targets, three, strict=True):
-        _store(image, x, part, window, lanes, windows)
-    if dbias_ref is not None:
-      number_of_heads = dbias_ref.shape[0]
-      for head in range(number_of_heads):
-        dbias_ref[head] += sum(dlogits[head::number_of_heads])
-
+  attend_images_backward(sources, targets, bias_ref, dbias_ref, mask_ref, parts, windows, width, scale, q_ref.dtype)
   for image, ref in zip(targets, results, strict=True):
     _write(image, ref, sources[0], parts, windows)
 
@@ -243,11 +268,11 @@ def attend_windows(
     width: of a head.
     scale: of the logits.
   """
-  bias, mask = _pad(bias, mask, windows)
+  bias, mask = pad(bias, mask, windows)
   return _attend(q[:, None], k[:, None], v[:, None], bias, mask, windows, width, scale)[:, 0]
 
 
-def _pad(bias, mask, windows):
+def pad(bias, mask, windows):
   """Returns both in the order of the groups; a mask also where nothing but what fills tiles is to be hidden."""
   n, size = math.prod(windows.window), windows.groups[1]
   if mask is None and _tiled(size) != size:
@@ -260,7 +285,7 @@ def _call(kernel, arrays, results, queries, products, images, windows, width, sc
   """Calls a kernel that does `products` with `queries` or its like, with `images` images in float32."""
   kernel = functools.partial(kernel, windows=windows, width=width, scale=scale)
   flops = products * product_flops(dict(q=queries, k=queries)) // windows.number
-  return call(kernel, arrays, results, flops, [_working_shape(windows, *queries.shape[2:], width)] * images)
+  return call(kernel, arrays, results, flops, [working_shape(windows, *queries.shape[2:], width)] * images)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -357,7 +382,7 @@ def attend_packed_windows(
     qkv: queries, keys and values (B, tokens, 3 C), as `kernels.pack` orders them, where `kernels.can_pack`.
     bias, mask, windows, num_heads, scale: as there.
   """
-  (y,) = _attend_packed(qkv[:, None], *_pad(bias, mask, windows), windows, num_heads, scale, False)
+  (y,) = _attend_packed(qkv[:, None], *pad(bias, mask, windows), windows, num_heads, scale, False)
   return y[:, 0]
 
 
@@ -365,5 +390,5 @@ def attend_packed_stripes(
   qkv: jax.Array, windows: Windows, num_heads: int, scale: float
 ) -> tuple[jax.Array, jax.Array]:
   """Does the same without bias and mask, and returns the values too, (B, tokens, C) both."""
-  y, v = _attend_packed(qkv[:, None], *_pad(None, None, windows), windows, num_heads, scale, True)
+  y, v = _attend_packed(qkv[:, None], *pad(None, None, windows), windows, num_heads, scale, True)
   return y[:, 0], v[:, 0]

@@ -229,7 +229,8 @@ def on_each_device(
 
   Args:
     function: returns arrays in the order of `results`.
-    arrays: see `call`; of those whose name ends with _for_all every device gets the whole.
+    arrays: see `call`; of those whose name ends with _for_all every device gets the whole, of those with
+      _by_head, whose first axis is that of the channels, those of its heads.
     results: names.
     num_heads: that can be split; 1 for none.
   """
@@ -241,8 +242,8 @@ def on_each_device(
   heads = "model" if head_shards(num_heads) > 1 else None
 
   def split(name):
-    if name in ("bias", "mask") or name.endswith("_for_all"):
-      return P(heads) if name == "bias" else P()
+    if name in ("bias", "mask") or name.endswith(("_for_all", "_by_head")):
+      return P(heads) if name == "bias" or name.endswith("_by_head") else P()
     if heads is None:
       return P(images)
     return P(images, None, None, heads) if name.lstrip("d") in ("q", "k", "v", "y") else P(images, heads)

@@ -223,6 +223,11 @@ class DepthwiseConv(Conv):
     super().__init__(dim, dim, 3, padding=1, groups=dim, **kw)
     self.implementation = "auto"
 
+  def taps(self) -> jax.Array:
+    """Returns the kernel's nine rows and the bias, (10, C), at least float32."""
+    kernel = self.kernel[...].reshape(9, -1)
+    return jnp.concatenate([kernel, self.bias[...][None]]).astype(widest(self.dtype))
+
   def __call__(self, x: jax.Array, stripe: tuple[int, int] | None = None) -> jax.Array:
     """Returns x convolved; parts of (height, width) `stripe`, if given, see nothing of each other."""
     dtype, grid = widest(self.dtype), x.shape[1:3]
