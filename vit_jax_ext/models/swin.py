@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax_ext.models import layers
+from vit_jax_ext.models import fused_merging, layers
 from vit_jax_ext.models.dropout import drop, keep_factors
 from vit_jax_ext.models.fused_windows import Windows, attend_packed_windows, attend_windows
 from vit_jax_ext.models.kernels import can_pack
@@ -154,10 +154,14 @@ class SwinBlock(PyramidBlock):
 
 
 class PatchMerging(nnx.Module):
-  """Halves both sides and doubles the width: joins 2x2 neighbours, (B, N, C) to (B, N / 4, 2 C)."""
+  """Halves both sides and doubles the width: joins 2x2 neighbours, (B, N, C) to (B, N / 4, 2 C).
+
+  Attributes:
+    implementation: auto, or reference for no kernel; set by `registry.create_model`.
+  """
 
   def __init__(self, dim: int, grid: Grid, **kw):
-    self.grid = grid
+    self.grid, self.implementation = grid, "auto"
     self.norm = LayerNorm(4 * dim, **kw)
     self.reduction = Linear(4 * dim, 2 * dim, use_bias=False, **kw)
 
@@ -165,6 +169,10 @@ class PatchMerging(nnx.Module):
     batch, _, dim = x.shape
     rows, columns = self.grid
     if layers.platform() == "tpu":
+      if self.implementation != "reference" and fused_merging.fits(x, self.reduction.dtype):
+        parameters = self.norm.scale, self.norm.bias, self.reduction.kernel
+        weights = (parameter[...].astype(jnp.float32) for parameter in parameters)
+        return fused_merging.merge(x, *weights, self.grid, self.norm.epsilon, self.reduction.dtype)
       return self._convolve(x.reshape(batch, rows, columns, dim)).reshape(batch, -1, 2 * dim).astype(x.dtype)
     # The released weights expect the four neighbours column by column.
     x = x.reshape(batch, rows // 2, 2, columns // 2, 2, dim).transpose(0, 1, 3, 4, 2, 5)
