@@ -46,7 +46,7 @@ models.boat
 models.vit  models.deepvit  models.crossvit  models.swin  models.cswin
 models.isotropic  models.pyramid  models.batch_norm
 models.layers  models.functional  models.resize
-models.fused_mlp  models.fused_projections  models.fused_merging
+models.fused_mlp  models.fused_projections  models.fused_merging  models.fused_norm
 models.token_kernels  models.gelu
 models.attention  models.initial  models.dropout  models.fused_clusters
 models.fused_windows  models.fused_reattention  models.fused_clustering  models.fused_depthwise

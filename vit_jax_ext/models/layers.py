@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax_ext.errors import UserError
-from vit_jax_ext.models import fused_depthwise, fused_mlp, fused_projections, initial
+from vit_jax_ext.models import fused_depthwise, fused_mlp, fused_norm, fused_projections, initial
 from vit_jax_ext.models.attention import attend, attend_packed, is_fused, platform, widest
 from vit_jax_ext.models.dropout import DropPath, drop, keep_factors
 from vit_jax_ext.models.fused_windows import Windows
@@ -109,14 +109,20 @@ class LayerNorm(nnx.LayerNorm):
 
   Args:
     stream: what it gives stays in the residual stream, at least float32; else it is for a product, and of `dtype`.
+
+  Attributes:
+    implementation: auto, or reference for no kernel; set by `registry.create_model`.
   """
 
   def __init__(self, dim: int, *, dtype: jnp.dtype, stream: bool = False, epsilon: float = 1e-6, **kw):
     ones, zeros = initial.constant(1), initial.constant(0)
     super().__init__(dim, dtype=widest(dtype), epsilon=epsilon, scale_init=ones, bias_init=zeros, **kw)
-    self.out_dtype = self.dtype if stream else dtype
+    self.out_dtype, self.implementation = self.dtype if stream else dtype, "auto"
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    taken = platform() == "tpu" and self.implementation != "reference" and self.out_dtype == jnp.float32
+    if taken and fused_norm.fits(x):
+      return fused_norm.normalise(x, *_weight_and_bias(self), self.epsilon)
     return super().__call__(x).astype(self.out_dtype)
 
 
