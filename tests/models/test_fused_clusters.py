@@ -85,6 +85,9 @@ def test_the_kernels_are_attention_inside_clusters(grid, heads, width, pair, by_
   expected = values(lambda *arrays: plain(*arrays, order, mask, 0.3, grid), dy, *arrays)
   for a, b in zip(found, expected, strict=True):
     np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()))
+  np.testing.assert_array_equal(
+    fused(order, mask, windows, width, grid)(*arrays), found[0]
+  )  # where no gradient is asked
 
 
 @pytest.mark.parametrize("by_rows", [False, True])

@@ -147,10 +147,10 @@ def _copy(image, ref, parts, to=None):
 
 
 def _forward_kernel(
-  place_ref, order_ref, taps_ref, q_ref, k_ref, v_ref, mask_ref, y_ref, *refs, windows, width, scale, grid
+  place_ref, order_ref, taps_ref, q_ref, k_ref, v_ref, mask_ref, y_ref, *refs, windows, width, scale, grid, kept
 ):
-  """`refs`: queries, keys and values in the order of clusters, then what `_scratch` says."""
-  ordered, (*sources, target), rows = refs[:3], refs[3:7], refs[7:]
+  """`refs`: queries, keys and values in the order of clusters, of which a number is `kept`, then as `_scratch` says."""
+  ordered, (*sources, target), rows = refs[:kept], refs[kept : kept + 4], refs[kept + 4 :]
   tokens, dim = q_ref.shape[2:]
   parts = head_groups(dim, width)
   move = functools.partial(_move, place_ref, order_ref, dtype=q_ref.dtype, rows=rows)
@@ -159,7 +159,7 @@ def _forward_kernel(
   for head in range(dim // width):
     there = [_Channels.in_image(image, head, width) for image in sources]
     move(head, [_Channels.of_head(ref, head, width) for ref in (q_ref, k_ref, v_ref)], there, back=False)
-  for image, ref in zip(sources, ordered, strict=True):
+  for image, ref in zip(sources, ordered, strict=False):
     _copy(image, ref, [lanes for lanes, _ in parts])
   fused_windows.attend_images(sources, target, None, mask_ref, parts, windows, width, scale, q_ref.dtype)
   for head in range(dim // width):
@@ -250,18 +250,24 @@ def _call(kernel, arrays, results, windows, width, scale, grid, backward):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10))
 def _attend(q, k, v, order, place, mask, taps, windows, width, scale, grid):
-  return _forward(q, k, v, order, place, mask, taps, windows, width, scale, grid)[0]
+  return _results(q, k, v, order, place, mask, taps, windows, width, scale, grid, kept=0)[0]
 
 
-def _forward(q, k, v, order, place, mask, taps, windows, width, scale, grid):
+def _results(q, k, v, order, place, mask, taps, windows, width, scale, grid, kept):
+  """Returns what attention gives and, for the backward pass, how many are `kept` of q, k and v in order."""
   arrays = dict(q=q, k=k, v=v, order=order, place=place, mask_for_all=mask, taps_by_head=taps)
-  names = ["y", "dq", "dk", "dv"]  # the last three are q, k and v in the order of clusters
+  names = ["y", "dq", "dk", "dv"][: 1 + kept]
+  kernel = functools.partial(_forward_kernel, kept=kept)
 
   def run(arrays):
     results = dict.fromkeys(names, like(arrays["q"]))
-    return _call(_forward_kernel, arrays, results, windows, width, scale, grid, backward=False)
+    return _call(kernel, arrays, results, windows, width, scale, grid, backward=False)
 
-  y, *ordered = on_each_device(run, arrays, names, q.shape[-1] // width)
+  return on_each_device(run, arrays, names, q.shape[-1] // width)
+
+
+def _forward(q, k, v, order, place, mask, taps, windows, width, scale, grid):
+  y, *ordered = _results(q, k, v, order, place, mask, taps, windows, width, scale, grid, kept=3)
   return y, (*ordered, v, order, place, mask, taps)
 
 
