@@ -26,7 +26,6 @@ from vit_jax_ext.models import fused_clustering, fused_clusters, layers
 from vit_jax_ext.models.attention import softmax_attention, split_heads, weigh, widest
 from vit_jax_ext.models.cswin import CSWin, CSWinBlock
 from vit_jax_ext.models.dropout import drop, keep_factors
-from vit_jax_ext.models.fused_clusters import attend_clusters
 from vit_jax_ext.models.fused_windows import Windows
 from vit_jax_ext.models.layers import Linear
 from vit_jax_ext.models.pyramid import Grid, LayerNorm
@@ -217,7 +216,8 @@ class FeatureAttention(layers.MultiHeadAttention):
         jax.lax.stop_gradient(q), self.num_heads, self.levels, self.options.iterations, SHARPNESS
       )
       mask, taps = overlap_mask(size, overlap), self.get_v.taps()
-      y = attend_clusters(q, k, v, order, place, mask, taps, windows, width, self.scale, self.grid)
+      shape = (windows, width, self.scale, self.grid)
+      y = fused_clusters.attend_clusters(q, k, v, order, place, mask, taps, *shape)
       return y, place // size
     heads = split_heads(q, self.num_heads).swapaxes(1, 2)
     order, _ = balanced_clusters(heads, self.levels, self.options.iterations)

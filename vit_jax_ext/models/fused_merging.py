@@ -76,7 +76,7 @@ def _over_cells(number, body):
 
   @pl.loop(0, number // size)
   def _(i):
-    body(pl.ds(pl.multiple_of(i * size, 8) if size % 8 == 0 else 0, size))
+    body(pl.ds(pl.multiple_of(i * size, 8), size))  # where 8 does not divide the size, there is but one
 
 
 def _load(cells, some, dim):

@@ -242,8 +242,10 @@ def on_each_device(
   heads = "model" if head_shards(num_heads) > 1 else None
 
   def split(name):
-    if name in ("bias", "mask") or name.endswith(("_for_all", "_by_head")):
-      return P(heads) if name == "bias" or name.endswith("_by_head") else P()
+    if name == "bias" or name.endswith("_by_head"):
+      return P(heads)
+    if name == "mask" or name.endswith("_for_all"):
+      return P()
     if heads is None:
       return P(images)
     return P(images, None, None, heads) if name.lstrip("d") in ("q", "k", "v", "y") else P(images, heads)
